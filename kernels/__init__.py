@@ -1,0 +1,1 @@
+"""The Triton kernels. They import triton only; `triton_deq.ops` launches them."""

@@ -1,0 +1,237 @@
+"""Anderson mixing in two kernels a step: residual with its Gram row, then decision with mixing.
+
+A sample is cut into `parts` of `chunk` entries; the grid of both kernels is (B, parts). Partial sums go
+to memory and are added in a fixed order, without atomics, so the same input gives the same bits.
+Programs of stopped samples return at once. The formulas stand in triton_deq/reference/anderson.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    BEST,
+    COUNT,
+    DIVERGENCE,
+    LEAST_SQUARE,
+    LIMIT,
+    RESIDUAL,
+    RUNNING,
+    STATUS,
+    STEPS,
+    TOLERANCE,
+    WEIGHT_LIMIT,
+    is_finite,
+    judge,
+    pick,
+    solve_spd,
+)
+
+
+@triton.jit(do_not_specialize=["slot", "filled", "B", "parts"])
+def anderson_residual_kernel(
+    fx_ptr,
+    x_ptr,
+    residuals_ptr,
+    iterates_ptr,
+    dots_ptr,
+    record_ptr,
+    before_ptr,
+    B,
+    N,
+    parts,
+    chunk,
+    slot,
+    filled,
+    HISTORY: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MIXING: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """G = f − x and x + β G into ring slot `slot`; G · G_j and ‖f‖² of one part into `dots`.
+
+    fx, x: [B, N]    residuals, iterates: [HISTORY, B, N]    dots: [B, parts, LANES]
+    record, before: [FIELDS, B]; `before` receives the rows that the next kernel both reads and renews,
+    since its programs of one sample run side by side.
+    """
+    sample = tl.program_id(0)
+    part = tl.program_id(1)
+    if part == 0:
+        tl.store(before_ptr + STATUS * B + sample, tl.load(record_ptr + STATUS * B + sample))
+        tl.store(before_ptr + COUNT * B + sample, tl.load(record_ptr + COUNT * B + sample))
+        tl.store(before_ptr + BEST * B + sample, tl.load(record_ptr + BEST * B + sample))
+
+    if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
+        lanes = tl.arange(0, LANES)
+        dots = tl.zeros([LANES], dtype=WIDE)
+        row = sample.to(tl.int64) * N
+        ring = B.to(tl.int64) * N
+        begin = part * chunk
+        for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < N
+            fx = tl.load(fx_ptr + row + columns, mask=inside, other=0).to(WIDE)
+            x = tl.load(x_ptr + row + columns, mask=inside, other=0).to(WIDE)
+            # Rounded as it is stored: else the row would not belong to the Gram matrix of the stored ring.
+            residual = (fx - x).to(residuals_ptr.dtype.element_ty).to(WIDE)
+            tl.store(residuals_ptr + slot * ring + row + columns, residual, mask=inside)
+            tl.store(iterates_ptr + slot * ring + row + columns, x + MIXING * (fx - x), mask=inside)
+
+            dots += tl.where(lanes == HISTORY, tl.sum(fx * fx, axis=0), 0)
+            for j in tl.static_range(HISTORY):
+                older = tl.where((j < filled) & (j != slot), inside, False)
+                other = tl.load(residuals_ptr + j * ring + row + columns, mask=older, other=0).to(WIDE)
+                other = tl.where(j == slot, residual, other)
+                dots += tl.where(lanes == j, tl.sum(residual * other, axis=0), 0)
+        tl.store(dots_ptr + (sample * parts + part) * LANES + lanes, dots)
+
+
+@triton.jit
+def sample_sums(dots_ptr, sample, parts, lanes, LANES: tl.constexpr, PARTS: tl.constexpr):
+    """Add one sample's partial sums in float64, in a fixed order: a vector of LANES."""
+    index = tl.arange(0, PARTS)
+    offsets = (sample * parts + index)[:, None] * LANES + lanes[None, :]
+    partial = tl.load(dots_ptr + offsets, mask=(index < parts)[:, None], other=0)
+    return tl.sum(partial.to(tl.float64), axis=0)
+
+
+@triton.jit
+def batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY: tl.constexpr, LANES: tl.constexpr):
+    """`‖G‖²` and `‖f‖²` over all running finite samples, in float64 and in a fixed order."""
+    residual_sq = tl.full((), 0.0, tl.float64)
+    value_sq = tl.full((), 0.0, tl.float64)
+    for first in range(0, B, 128):
+        samples = first + tl.arange(0, 128)
+        inside = samples < B
+        each_residual = tl.zeros([128], dtype=tl.float64)
+        each_value = tl.zeros([128], dtype=tl.float64)
+        for part in range(parts):
+            offsets = (samples * parts + part) * LANES
+            each_residual += tl.load(dots_ptr + offsets + slot, mask=inside, other=0).to(tl.float64)
+            each_value += tl.load(dots_ptr + offsets + HISTORY, mask=inside, other=0).to(tl.float64)
+        status = tl.load(before_ptr + STATUS * B + samples, mask=inside, other=-1)
+        counted = (status == RUNNING) & is_finite(each_residual) & is_finite(each_value)
+        residual_sq += tl.sum(tl.where(counted, each_residual, 0), axis=0)
+        value_sq += tl.sum(tl.where(counted, each_value, 0), axis=0)
+    return residual_sq, value_sq
+
+
+@triton.jit
+def mixing_weights(
+    gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
+):
+    """α in float64 from a Gram matrix [LANES, LANES], and whether the solve was of use."""
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=1)
+    age = (slot - lanes + HISTORY) % HISTORY
+    valid = (lanes < HISTORY) & (age < count)
+    scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
+
+    matrix = tl.where(valid[:, None] & valid[None, :], gram, 0) * scale[:, None] * scale[None, :]
+    if RELATIVE_RIDGE:
+        damping = tl.where(valid, RIDGE, 1.0)
+    else:
+        damping = tl.where(valid, RIDGE * scale * scale, 1.0)
+    matrix += tl.where(lanes[:, None] == lanes[None, :], damping[:, None], 0.0)
+
+    solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
+    weights = scale * solution
+    weights = weights / tl.sum(weights, axis=0)
+    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=0) <= WEIGHT_LIMIT)  # false for NaN too
+    plain = tl.where(lanes == slot, 1.0, 0.0).to(tl.float64)
+    return tl.where(mixed, weights, plain), mixed
+
+
+@triton.jit(do_not_specialize=["step", "slot", "last", "B", "parts"])
+def anderson_advance_kernel(
+    x_ptr,
+    best_ptr,
+    iterates_ptr,
+    dots_ptr,
+    gram_ptr,
+    record_ptr,
+    before_ptr,
+    active_ptr,
+    B,
+    N,
+    parts,
+    chunk,
+    step,
+    slot,
+    last,
+    HISTORY: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    OVER_BATCH: tl.constexpr,
+    RIDGE: tl.constexpr,
+    RELATIVE_RIDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Judge a sample, keep its best iterate, solve for the mixing weights and write its next iterate.
+
+    Every program of a sample takes the same decisions from the same numbers; part 0 writes them down.
+
+    x, best: [B, N]    iterates: [HISTORY, B, N]    dots: [B, parts, LANES]    gram: [B, HISTORY, HISTORY]
+    record, before: [FIELDS, B]    active: [max_steps], receives 1 at `step` if any sample goes on
+    """
+    sample = tl.program_id(0)
+    part = tl.program_id(1)
+    if tl.load(before_ptr + STATUS * B + sample) == RUNNING:
+        lanes = tl.arange(0, LANES)
+        sums = sample_sums(dots_ptr, sample, parts, lanes, LANES, PARTS)
+        residual_sq = pick(sums, lanes, slot)
+        value_sq = pick(sums, lanes, HISTORY)
+        finite = is_finite(residual_sq) & is_finite(value_sq)
+        if OVER_BATCH:
+            residual_sq, value_sq = batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY, LANES)
+        limit = DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq))
+        if step > 0:
+            limit = tl.load(record_ptr + LIMIT * B + sample)
+        best = tl.load(before_ptr + BEST * B + sample)
+        tolerance = tl.load(record_ptr + TOLERANCE * B + sample)
+        status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
+        moving = (status == RUNNING) & (last == 0)
+
+        gram_offsets = sample * HISTORY * HISTORY + lanes[:, None] * HISTORY + lanes[None, :]
+        within = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
+        gram = tl.load(gram_ptr + gram_offsets, mask=within, other=0)
+        # Row and column `slot` may already hold this step's sums or not: the ones in registers count.
+        gram = tl.where(lanes[:, None] == slot, sums[None, :], gram)
+        gram = tl.where(lanes[None, :] == slot, sums[:, None], gram)
+        count = tl.minimum(tl.load(before_ptr + COUNT * B + sample).to(tl.int32) + 1, HISTORY)
+        weights, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
+
+        if part == 0:
+            tl.store(record_ptr + STATUS * B + sample, status)
+            tl.store(record_ptr + STEPS * B + sample, step + 1)
+            tl.store(record_ptr + LIMIT * B + sample, limit)
+            if finite:
+                tl.store(record_ptr + RESIDUAL * B + sample, residual)
+            if improved:
+                tl.store(record_ptr + BEST * B + sample, residual)
+            row = gram_ptr + sample * HISTORY * HISTORY
+            tl.store(row + slot * HISTORY + lanes, sums, mask=lanes < HISTORY)
+            tl.store(row + lanes * HISTORY + slot, sums, mask=lanes < HISTORY)
+            if moving:
+                tl.store(record_ptr + COUNT * B + sample, tl.where(mixed, count, 1))
+            if status == RUNNING:
+                tl.store(active_ptr + step, 1)
+
+        row = sample.to(tl.int64) * N
+        ring = B.to(tl.int64) * N
+        begin = part * chunk
+        for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < N
+            if improved:
+                x = tl.load(x_ptr + row + columns, mask=inside, other=0)
+                tl.store(best_ptr + row + columns, x, mask=inside)
+            if moving:
+                total = tl.zeros([BLOCK], dtype=WIDE)
+                for j in tl.static_range(HISTORY):
+                    weight = pick(weights, lanes, j).to(WIDE)
+                    used = tl.where(weight != 0, inside, False)
+                    iterate = tl.load(iterates_ptr + j * ring + row + columns, mask=used, other=0)
+                    total += weight * iterate.to(WIDE)
+                tl.store(x_ptr + row + columns, total, mask=inside)

@@ -1,0 +1,327 @@
+"""Every kernel with the arguments it ships with: what `triton-deq inspect` compiles and holds to a budget.
+
+An entry holds the arguments of one real launch, not a signature: Triton itself infers types, alignment and
+divisibility from them, as it does at a launch. tests/test_inspection.py runs the ops at the same shapes and
+compares, so that the two cannot part. A kernel under `triton.autotune` needs one entry as well: all its
+configurations are compiled.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import triton.language as tl
+
+from . import anderson, jacobian
+
+BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor argument. Its address is a multiple of 16, as that of every tensor PyTorch allocates."""
+
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the compiled kernel may cost, on every target.
+
+    spilled: most bytes a thread may spill.
+    load, store: least bytes that each load and each store of a contiguous argument must move; 16 is the
+        widest that every target has. Where rows start anywhere, or a thread has fewer entries, it is less.
+    tensor_cores: whether there must be matrix instructions; for kernels with a `tl.dot`.
+
+    Shared memory may always take all that the target lets a program have.
+    """
+
+    spilled: int = 0
+    load: int = 16
+    store: int = 16
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel in one configuration that ships.
+
+    shape: (batch, entries per sample) of the state at that launch.
+    arguments: by name; `Pointer`, int, or the value of a `tl.constexpr`.
+    contiguous: the pointers whose entries are the bulk of the traffic, read and written in order.
+    traffic: bytes that must go through memory, of (entry, batch, entries per sample).
+    work: the least operations by unit ("fp32", "fp64", "int32", "tensor_bf16", ...), of the same.
+    """
+
+    op: str
+    name: str
+    kernel: Any
+    shape: tuple[int, int]
+    arguments: Mapping[str, Any]
+    contiguous: tuple[str, ...]
+    traffic: Callable[["Entry", int, int], int]
+    work: Callable[["Entry", int, int], dict[str, int]]
+    budget: Budget = Budget()
+    options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the state."""
+        return self.arguments[self.contiguous[0]].dtype
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A state `[batch, entries]` and how the ops cut its rows into parts, chunks and blocks."""
+
+    batch: int
+    entries: int
+    parts: int
+    chunk: int
+    block: int
+
+
+MANY = Rows(64, 16384, parts=8, chunk=2048, block=2048)
+ONE_LARGE = Rows(1, 1 << 20, parts=256, chunk=4096, block=2048)
+ODD = Rows(32, 1001, parts=1, chunk=1024, block=1024)
+"""No row but the first starts at a multiple of 16 bytes."""
+
+
+# --------------------------------------------------------------------------------------------- Anderson
+
+
+def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "") -> Entry:
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    return Entry(
+        op="anderson",
+        name=_name("anderson_residual", dtype, history, note),
+        kernel=anderson.anderson_residual_kernel,
+        shape=(rows.batch, rows.entries),
+        arguments={
+            **{name: Pointer(dtype) for name in ("fx_ptr", "x_ptr", "residuals_ptr", "iterates_ptr")},
+            "dots_ptr": Pointer(wide),
+            **{name: Pointer("fp64") for name in ("record_ptr", "before_ptr")},
+            **_sizes(rows),
+            "slot": 0,
+            "filled": history,
+            "HISTORY": history,
+            "LANES": _lanes(history),
+            "BLOCK": rows.block,
+            "MIXING": 1.0,
+            "WIDE": getattr(tl, wide.replace("fp", "float")),
+        },
+        contiguous=("fx_ptr", "x_ptr", "residuals_ptr", "iterates_ptr"),
+        traffic=_residual_traffic,
+        work=_residual_work,
+        budget=_budget(dtype, rows),
+    )
+
+
+def _advance(
+    dtype: str,
+    history: int,
+    rows: Rows = MANY,
+    note: str = "",
+    *,
+    relative: bool = True,
+    over_batch: bool = False,
+    relative_ridge: bool = True,
+) -> Entry:
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    return Entry(
+        op="anderson",
+        name=_name("anderson_advance", dtype, history, note),
+        kernel=anderson.anderson_advance_kernel,
+        shape=(rows.batch, rows.entries),
+        arguments={
+            **{name: Pointer(dtype) for name in ("x_ptr", "best_ptr", "iterates_ptr")},
+            "dots_ptr": Pointer(wide),
+            **{name: Pointer("fp64") for name in ("gram_ptr", "record_ptr", "before_ptr")},
+            "active_ptr": Pointer("i32"),
+            **_sizes(rows),
+            "step": history,
+            "slot": 0,
+            "last": 0,
+            "HISTORY": history,
+            "LANES": _lanes(history),
+            "PARTS": 1 << (rows.parts - 1).bit_length(),
+            "BLOCK": rows.block,
+            "RELATIVE": relative,
+            "OVER_BATCH": over_batch,
+            "RIDGE": 1e-6,
+            "RELATIVE_RIDGE": relative_ridge,
+            "WIDE": getattr(tl, wide.replace("fp", "float")),
+        },
+        contiguous=("x_ptr", "best_ptr", "iterates_ptr"),
+        traffic=_advance_traffic,
+        work=_advance_work,
+        budget=_budget(dtype, rows),
+    )
+
+
+def _residual_traffic(entry: Entry, batch: int, entries: int) -> int:
+    """Read f(x), x and the m − 1 older residuals; write a residual and an iterate; then the sums."""
+    history, lanes = entry.arguments["HISTORY"], entry.arguments["LANES"]
+    states = (history + 3) * batch * entries * BYTES[entry.dtype]
+    return states + batch * (lanes * BYTES[entry.arguments["dots_ptr"].dtype] + 4 * 8)
+
+
+def _residual_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
+    """Each entry: f − x, x + β (f − x), f², and m products."""
+    return {_unit(entry): (5 + 2 * entry.arguments["HISTORY"]) * batch * entries}
+
+
+def _advance_traffic(entry: Entry, batch: int, entries: int) -> int:
+    """Read m iterates and write x; read x and write it to best, as a step that improves does; then the sums.
+
+    The Gram matrix is read once and one row and column of it are written; so is the record.
+    """
+    history, lanes = entry.arguments["HISTORY"], entry.arguments["LANES"]
+    states = (history + 3) * batch * entries * BYTES[entry.dtype]
+    sums = lanes * BYTES[entry.arguments["dots_ptr"].dtype]
+    return states + batch * (sums + (history * history + 2 * history) * 8 + 11 * 8)
+
+
+def _advance_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
+    """Each entry: m products; each sample: one m×m elimination in float64, about 2 m³."""
+    history = entry.arguments["HISTORY"]
+    work = {"fp64": 2 * history**3 * batch}
+    work[_unit(entry)] = work.get(_unit(entry), 0) + 2 * history * batch * entries
+    return work
+
+
+# --------------------------------------------------------------------------------------------- Jacobian
+
+
+def _probe(
+    dtype: str, distribution: str, shape: tuple[int, int], note: str = "", budget: Budget | None = None
+) -> Entry:
+    total = shape[0] * shape[1]
+    quarter = -(-total // 4)
+    return Entry(
+        op="jacobian",
+        name=_name("probe", dtype, distribution, note),
+        kernel=jacobian.probe_kernel,
+        shape=shape,
+        arguments={
+            "out_ptr": Pointer(dtype),
+            "seed_ptr": Pointer("i64"),
+            "index": 0,
+            "total": total,
+            "quarter": quarter,
+            "GAUSSIAN": distribution == "gaussian",
+            "BLOCK": min(1 << (quarter - 1).bit_length(), 1024),
+        },
+        contiguous=("out_ptr",),
+        traffic=lambda entry, batch, entries: batch * entries * BYTES[entry.dtype] + 8,
+        work=_probe_work,
+        budget=budget or Budget(),
+    )
+
+
+def _probe_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
+    """Four entries: ten Philox rounds of ten integer operations; Box-Muller takes about 20 an entry."""
+    floating = 20 if entry.arguments["GAUSSIAN"] else 2
+    return {"int32": 25 * batch * entries, "fp32": floating * batch * entries}
+
+
+def _squared_norm(dtype: str, rows: Rows = MANY, note: str = "") -> Entry:
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    sizes = _sizes(rows)
+    del sizes["B"]
+    return Entry(
+        op="jacobian",
+        name=_name("squared_norm", dtype, note),
+        kernel=jacobian.squared_norm_kernel,
+        shape=(rows.batch, rows.entries),
+        arguments={
+            "rows_ptr": Pointer(dtype),
+            "partial_ptr": Pointer(wide),
+            **sizes,
+            "BLOCK": rows.block,
+            "WIDE": getattr(tl, wide.replace("fp", "float")),
+        },
+        contiguous=("rows_ptr",),
+        traffic=lambda entry, batch, entries: batch * entries * BYTES[entry.dtype] + batch * BYTES[wide],
+        work=lambda entry, batch, entries: {_unit(entry): 2 * batch * entries},
+        budget=_budget(dtype, rows),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+def _name(kernel: str, dtype: str, *notes: object) -> str:
+    words = [f"m={note}" if isinstance(note, int) else str(note) for note in notes if note]
+    return f"{kernel}[{','.join([dtype, *words])}]"
+
+
+def _sizes(rows: Rows) -> dict[str, int]:
+    return {"B": rows.batch, "N": rows.entries, "parts": rows.parts, "chunk": rows.chunk}
+
+
+def _lanes(history: int) -> int:
+    """A power of 2 with room for the m dot products and ‖f‖²."""
+    return 1 << history.bit_length()
+
+
+def _budget(dtype: str, rows: Rows) -> Budget:
+    """Rows of N entries are 16-byte aligned if N is a multiple of 16: that is what Triton asks."""
+    width = 16 if rows.entries % 16 == 0 else BYTES[dtype]
+    return Budget(load=width, store=width)
+
+
+def _unit(entry: Entry) -> str:
+    """The unit that does the sums: float32's, except for a float64 state."""
+    return "fp64" if entry.dtype == "fp64" else "fp32"
+
+
+def _traded(entry: Entry) -> Entry:
+    """Allow two spilled registers.
+
+    The ptxas of some versions of Triton (12.8 with 3.6.0, 12.9 with 3.9.0) spills one or two for a step
+    of occupancy on sm_90, with registers to spare: given a bound by `maxnreg`, even 168, it spills none
+    and takes about 13 more.
+    """
+    return replace(entry, budget=replace(entry.budget, spilled=8))
+
+
+ENTRIES: tuple[Entry, ...] = (
+    _residual("fp32", 6),
+    _residual("bf16", 6),
+    _traded(_residual("fp16", 5)),
+    _residual("fp64", 6),
+    _residual("fp32", 1),
+    _residual("fp32", 10, ONE_LARGE, "one sample"),
+    _residual("bf16", 6, ODD, "odd N"),
+    _advance("fp32", 6),
+    _advance("bf16", 6),
+    _advance("fp16", 5, relative=False, note="absolute"),
+    _advance("fp64", 6),
+    _advance("fp32", 1),
+    _advance("fp32", 6, over_batch=True, note="over batch"),
+    _advance("fp32", 10, ONE_LARGE, "one sample"),
+    _traded(_advance("bf16", 6, ODD, "odd N,absolute ridge", relative_ridge=False)),
+    _probe("fp32", "gaussian", (64, 16384)),
+    # A wave of 64 threads leaves each of them 4 entries of a block of 1024: 8 bytes.
+    _probe("bf16", "gaussian", (64, 16384), budget=Budget(store=8)),
+    _probe("fp32", "rademacher", (64, 16384)),
+    _probe("fp16", "rademacher", (33, 1001), "odd N", Budget(store=2)),
+    _squared_norm("fp32"),
+    _squared_norm("bf16"),
+    _squared_norm("fp64"),
+    _squared_norm("fp32", ODD, "odd N"),
+)
+
+STEPS: Mapping[str, tuple[str, ...]] = {
+    f"{solver} step [{dtype},m={history}]": tuple(
+        f"anderson_{part}[{dtype},m={history}]" for part in ("residual", "advance")
+    )
+    for solver, dtype, history in (
+        ("Anderson", "fp32", 6),
+        ("Anderson", "bf16", 6),
+        ("Anderson", "fp64", 6),
+        ("Picard", "fp32", 1),
+    )
+}
+"""What a solver launches in one step, beside f."""

@@ -1,0 +1,12 @@
+"""The list of packages; everything else stands in pyproject.toml.
+
+pyproject.toml can either search for packages or list them. The search cannot see that `kernels/` is
+installed as `triton_deq.kernels`, and a list would have to be edited for every new sub-package.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["triton_deq", "triton_deq.*"]), "triton_deq.kernels"],
+    package_dir={"triton_deq.kernels": "kernels"},
+)

@@ -1,0 +1,27 @@
+"""Kernels run on a GPU where there is one, else in Triton's interpreter, which reads this at its import."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.kernels)])
+def backend(request) -> str:
+    """Both implementations, for what has to hold whichever serves."""
+    return request.param

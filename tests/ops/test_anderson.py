@@ -1,0 +1,142 @@
+"""The Anderson kernels against the reference, and the reference against a bordered system."""
+
+import math
+
+import pytest
+import torch
+
+from triton_deq.ops import anderson as op
+from triton_deq.reference.anderson import anderson_weights
+from triton_deq.status import Status
+from triton_deq.verification import BOUNDS, Case, check_anderson
+
+kernels = pytest.mark.kernels
+RULE = {"relative": True, "over_batch": False, "ridge": 1e-6, "relative_ridge": True}
+
+
+def assert_within_bounds(rows):
+    over = [row for row in rows if not row.passed]
+    assert not over, "\n".join(map(str, over))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 4100)], ids=str)
+def test_both_kernels_match_the_reference(dtype, shape, device):
+    case = Case(getattr(torch, dtype), shape, torch.device(device), seed=1)
+    assert_within_bounds(check_anderson(case))
+
+
+@kernels
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_any_strides(layout, device):
+    assert_within_bounds(check_anderson(Case(torch.float32, (3, 37), torch.device(device), 6, layout)))
+
+
+@kernels
+@pytest.mark.parametrize("history", [1, 2, 7, 8])
+def test_any_history(history, device):
+    assert_within_bounds(
+        check_anderson(
+            Case(torch.float32, (3, 19), torch.device(device), 2), history=history, steps=history + 2
+        )
+    )
+
+
+@kernels
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+@pytest.mark.parametrize("over_batch", [True, False], ids=["batch", "sample"])
+@pytest.mark.parametrize("relative_ridge", [True, False], ids=["relative-ridge", "absolute-ridge"])
+def test_every_rule(relative, over_batch, relative_ridge, device):
+    case = Case(torch.float32, (3, 19), torch.device(device), 3)
+    rule = {"relative": relative, "over_batch": over_batch, "relative_ridge": relative_ridge}
+    assert_within_bounds(check_anderson(case, mixing=1.0, **rule))
+
+
+@kernels
+def test_batch_norm_over_more_samples_than_one_vector_holds(device):
+    case = Case(torch.float32, (131, 3), torch.device(device), 4)
+    assert_within_bounds(check_anderson(case, history=1, steps=1, over_batch=True))
+
+
+@kernels
+def test_same_bits_every_time(device):
+    def run():
+        x = Case(torch.float32, (2, 5000), torch.device(device), 5).randn(2, 5000)
+        state = op.anderson_start(x, 3, 1e-6, 4, "triton")
+        for step in range(4):
+            op.anderson_residual(state, torch.tanh(state.x + 0.1 * x), step, 1.0, "triton")
+            op.anderson_advance(state, step, **RULE, last=False, backend="triton")
+        return state
+
+    first, second = run(), run()
+    assert torch.equal(first.x, second.x)
+    assert torch.equal(first.record.data, second.record.data)
+
+
+def test_stopped_samples_are_left_alone(backend, device):
+    x = torch.randn(3, 40, device=device)
+    state = op.anderson_start(x, 2, 1e-6, 4, backend)
+    state.record.status[1] = Status.CONVERGED
+    for step in range(3):
+        fx = torch.randn_like(x)
+        fx[1] = math.nan
+        op.anderson_residual(state, fx, step, 1.0, backend)
+        op.anderson_advance(state, step, **RULE, last=False, backend=backend)
+    assert torch.equal(state.x[1], x[1])
+    assert not torch.equal(state.x[0], x[0])
+    assert state.record.steps.tolist() == [3, 0, 3]
+
+
+def test_useless_gram_matrix_gives_a_plain_step_and_a_new_history(backend, device):
+    """The same residual twice is a singular matrix without a ridge."""
+    x = torch.ones(1, 4, device=device)
+    state = op.anderson_start(x, 3, 0.0, 5, backend)
+    rule = {**RULE, "ridge": 0.0}
+    for step in range(2):
+        fx = state.x + torch.tensor([[1.0, 0, 0, 0]], device=device)
+        op.anderson_residual(state, fx, step, 1.0, backend)
+        op.anderson_advance(state, step, **rule, last=False, backend=backend)
+    assert state.record.count.tolist() == [1]
+    assert torch.equal(state.x, fx)
+
+
+@pytest.mark.parametrize("relative_ridge", [True, False], ids=["relative", "absolute"])
+def test_weights_solve_the_bordered_system(relative_ridge):
+    """α from the Lagrange conditions, as one linear system with the constraint in it."""
+    residuals = torch.randn(5, 4, 30, dtype=torch.float64) * torch.tensor([1, 1e-3, 10, 1e-6])[:, None]
+    gram = residuals @ residuals.mT
+    ridge = 1e-3
+    weights, mixed = anderson_weights(gram, torch.ones(5, 4, dtype=torch.bool), 2, ridge, relative_ridge)
+
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    damping = torch.diag_embed(ridge * (diagonal if relative_ridge else torch.ones_like(diagonal)))
+    bordered = torch.zeros(5, 5, 5, dtype=torch.float64)
+    bordered[:, 0, 1:] = bordered[:, 1:, 0] = 1
+    bordered[:, 1:, 1:] = gram + damping
+    right = torch.zeros(5, 5, 1, dtype=torch.float64)
+    right[:, 0] = 1
+    expected = torch.linalg.solve(bordered, right)[:, 1:, 0]
+    assert mixed.all()
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_do_not_see_units():
+    residuals = torch.randn(2, 4, 9, dtype=torch.float64)
+    gram = residuals @ residuals.mT
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    weights, _ = anderson_weights(gram, valid, 0, 1e-6, True)
+    scaled, _ = anderson_weights(gram * 2.0**-80, valid, 0, 1e-6, True)
+    torch.testing.assert_close(scaled, weights, rtol=1e-12, atol=0)
+
+
+def test_only_valid_slots_get_weight():
+    residuals = torch.randn(2, 4, 9, dtype=torch.float64)
+    gram = residuals @ residuals.mT
+    gram[:, 3, :] = gram[:, :, 3] = math.nan
+    valid = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    weights, mixed = anderson_weights(gram, valid, 0, 1e-6, True)
+    assert mixed.all()
+    assert torch.equal(weights[:, 2:], torch.zeros(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(weights.sum(1), torch.ones(2, dtype=torch.float64))
+    assert weights[1].tolist() == [1, 0, 0, 0]

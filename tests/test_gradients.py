@@ -1,0 +1,182 @@
+"""The gradients of a fixed point: against each other, finite differences and the theorem."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import triton_deq as td
+from tests.problems import tanh_map
+
+TIGHT = {"tol": 1e-13, "max_steps": 200, "backend": "reference"}
+IMPLICIT = td.ImplicitGradient(tol=1e-13, max_steps=200)
+
+
+def gradients_of(z, *leaves):
+    return torch.autograd.grad((z.sin() * torch.linspace(1, 2, z.shape[-1], dtype=z.dtype)).sum(), leaves)
+
+
+@pytest.mark.parametrize("solver", [td.Anderson(), td.Picard()], ids=str)
+def test_implicit_gradient_is_the_theorems(solver):
+    """(I − J)⁻ᵀ by a dense solve for each sample."""
+    f, weight, bias = tanh_map(3, 6)
+    gradient = td.ImplicitGradient(solver=solver, tol=1e-13, max_steps=400)
+    options = {**TIGHT, "max_steps": 400}
+    z = td.fixed_point(f, torch.zeros(3, 6, dtype=torch.float64), solver, gradient=gradient, **options)
+    cotangent = torch.randn_like(z)
+    (grad,) = torch.autograd.grad(z, bias, cotangent)
+    for sample in range(3):
+        slope = 1 - z[sample].detach() ** 2
+        jacobian = slope[:, None] * weight.detach()
+        u = torch.linalg.solve((torch.eye(6, dtype=torch.float64) - jacobian).T, cotangent[sample])
+        torch.testing.assert_close(grad[sample], slope * u, rtol=1e-9, atol=1e-11)
+
+
+def test_implicit_gradient_against_finite_differences():
+    _, weight, bias = tanh_map(2, 4)
+
+    def solved(weight, bias):
+        z0 = torch.zeros(2, 4, dtype=torch.float64)
+        return td.fixed_point(lambda z: torch.tanh(z @ weight.T + bias), z0, gradient=IMPLICIT, **TIGHT)
+
+    assert gradcheck(solved, (weight, bias))
+
+
+@pytest.mark.parametrize("solver", [td.Anderson(3), td.Picard(0.9)], ids=str)
+def test_unrolled_gradient_against_finite_differences(solver):
+    """Of the iterate after a few steps, far from the fixed point, z0 included."""
+    _, weight, bias = tanh_map(2, 3)
+    z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def solved(weight, bias, z0):
+        return td.fixed_point(
+            lambda z: torch.tanh(z @ weight.T + bias),
+            z0,
+            solver,
+            tol=0,
+            max_steps=5,
+            gradient=td.UnrolledGradient(),
+            backend="reference",
+        )
+
+    assert gradcheck(solved, (weight, bias, z0))
+
+
+def test_all_gradients_agree_at_convergence():
+    f, weight, bias = tanh_map(3, 6)
+    z0 = torch.zeros(3, 6, dtype=torch.float64)
+    exact = gradients_of(td.fixed_point(f, z0, gradient=IMPLICIT, **TIGHT), weight, bias)
+    for gradient in (td.UnrolledGradient(), td.PhantomGradient(steps=300)):
+        other = gradients_of(td.fixed_point(f, z0, gradient=gradient, **TIGHT), weight, bias)
+        for mine, wanted in zip(other, exact, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_implicit_gradient_with_the_kernels(backend, device):
+    f, weight, bias = tanh_map(2, 5, device=device)
+    z0 = torch.zeros(2, 5, dtype=torch.float64, device=device)
+    gradient = td.ImplicitGradient(tol=1e-8)
+    z = td.fixed_point(f, z0, tol=1e-8, gradient=gradient, backend=backend)
+    exact = td.fixed_point(f, z0, gradient=IMPLICIT, **TIGHT)
+    for mine, wanted in zip(
+        gradients_of(z.cpu(), weight, bias), gradients_of(exact.cpu(), weight, bias), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_phantom_gradient_of_one_step_is_the_gradient_of_f():
+    f, weight, bias = tanh_map(2, 5)
+    z0 = torch.zeros(2, 5, dtype=torch.float64)
+    z, solution = td.fixed_point(f, z0, gradient=td.PhantomGradient(), return_solution=True, **TIGHT)
+    for mine, wanted in zip(
+        gradients_of(z, weight, bias), gradients_of(f(solution.value), weight, bias), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_phantom_gradient_is_damped():
+    """Two steps z ← (1 − β) z + β f(z), differentiated by hand for a linear f."""
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    z0 = torch.zeros(1, 1, dtype=torch.float64)
+    z = td.fixed_point(lambda z: scale * z + 1, z0, gradient=td.PhantomGradient(2, 0.3), **TIGHT)
+    z.sum().backward()
+    fixed = 2.0  # 1 / (1 - scale)
+    assert math.isclose(scale.grad.item(), 0.3 * fixed * (1 + (0.7 + 0.3 * 0.5)), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_the_loss_does_not_matter(scale):
+    _, weight, bias = tanh_map(2, 5)
+    weight, bias = (leaf.detach().float().requires_grad_() for leaf in (weight, bias))
+    z = td.fixed_point(
+        lambda z: torch.tanh(z @ weight.T + bias), torch.zeros(2, 5), tol=1e-6, backend="reference"
+    )
+    (plain,) = torch.autograd.grad(z.sum(), weight, retain_graph=True)
+    (scaled,) = torch.autograd.grad(scale * z.sum(), weight)
+    torch.testing.assert_close(scaled / scale, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_twice_and_frozen_parameters():
+    f, weight, bias = tanh_map(2, 5)
+    z = td.fixed_point(f, torch.zeros(2, 5, dtype=torch.float64), **TIGHT)
+    first = torch.autograd.grad(z.sum(), bias, retain_graph=True)
+    second = torch.autograd.grad(z.sum(), bias)
+    assert torch.equal(first[0], second[0])
+    weight.requires_grad_(False)
+    td.fixed_point(f, torch.zeros(2, 5, dtype=torch.float64), **TIGHT).sum().backward()
+    assert weight.grad is None
+    assert bias.grad is not None
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    f, _, bias = tanh_map(2, 5)
+    z = td.fixed_point(f, torch.zeros(2, 5, dtype=torch.float64), **TIGHT)
+    (grad,) = torch.autograd.grad(z.sum(), bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        grad.sum().backward()
+
+
+def test_without_gradients_nothing_is_recorded():
+    f, *_ = tanh_map(2, 5)
+    with torch.no_grad():
+        assert not td.fixed_point(f, torch.zeros(2, 5, dtype=torch.float64), **TIGHT).requires_grad
+
+
+@pytest.mark.parametrize(
+    "gradient", [td.ImplicitGradient(), td.PhantomGradient(), td.UnrolledGradient()], ids=str
+)
+def test_empty_batch(gradient):
+    weight = torch.randn(3, 3, requires_grad=True)
+    z = td.fixed_point(
+        lambda z: torch.tanh(z @ weight), torch.zeros(0, 3), gradient=gradient, backend="reference"
+    )
+    assert z.shape == (0, 3)
+    z.sum().backward()
+
+
+def test_one_nan_sample_leaves_the_others_solved():
+    f, *_ = tanh_map(3, 5)
+    poison = torch.tensor([[0.0], [math.nan], [0.0]], dtype=torch.float64)
+    options = {"tol": 1e-10, "backend": "reference", "return_solution": True}
+    for gradient in (td.ImplicitGradient(), td.UnrolledGradient()):
+        z, solution = td.fixed_point(
+            lambda z: f(z) + poison, torch.zeros(3, 5, dtype=torch.float64), gradient=gradient, **options
+        )
+        assert solution.status.tolist() == [0, 3, 0]
+        assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", [td.Anderson(3, mixing=0.8), td.Picard()], ids=str)
+@pytest.mark.parametrize("norm_over", ["sample", "batch"])
+def test_unrolled_takes_the_same_iterates(solver, norm_over):
+    f, *_ = tanh_map(3, 8)
+    z0 = torch.zeros(3, 8, dtype=torch.float64)
+    options = {"tol": 1e-5, "norm_over": norm_over, "trace": True, "backend": "reference"}
+    unrolled, solution = td.fixed_point(
+        f, z0, solver, gradient=td.UnrolledGradient(), return_solution=True, **options
+    )
+    solved = td.solve(f, z0, solver, **options)
+    torch.testing.assert_close(solution.trace, solved.trace, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(unrolled.detach(), solved.value)
+    assert torch.equal(solution.steps, solved.steps)

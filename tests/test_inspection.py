@@ -1,0 +1,496 @@
+"""`triton-deq inspect`: every kernel that ships, compiled for GPUs that are not there."""
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from triton_deq import inspection
+from triton_deq.inspection.reading import (
+    accesses,
+    amd_resources,
+    code_size,
+    lines_of,
+    matrix_instructions,
+    nvidia_resources,
+)
+from triton_deq.inspection.targets import TARGETS, occupancy
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.kernels
+
+from triton_deq.kernels.catalog import ENTRIES, STEPS, Entry, Pointer  # noqa: E402
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+}
+
+
+def command(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    """The command as a user runs it, in a process of its own: this one may have interpreted kernels."""
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
+    line = [sys.executable, "-m", "triton_deq", "inspect", *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+
+def run_here(*arguments: str) -> int:
+    """The command in this process, for what compiles nothing."""
+    parser = argparse.ArgumentParser()
+    inspection.add_arguments(parser)
+    return inspection.run(parser.parse_args(arguments))
+
+
+# ------------------------------------------------------------------------------------- what the library ships
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    file = tmp_path_factory.mktemp("inspect") / "rows.json"
+    done = command("--json", str(file))
+    assert file.exists(), done.stderr
+    return done, json.loads(file.read_text())
+
+
+def test_every_entry_compiles_for_every_target(report):
+    _, rows = report
+    assert [(row["kernel"], row["target"]) for row in rows] == [
+        (entry.name, target) for entry in ENTRIES for target in TARGETS
+    ]
+    assert not [f"{row['kernel']} {row['target']}: {row['error']}" for row in rows if row["error"]]
+    for row in rows:
+        assert 0 < row["occupancy"] <= 1, row
+        assert min(row["registers"], row["code"], row["seconds"]) > 0, row
+
+
+def test_every_entry_keeps_its_budget(report):
+    done, rows = report
+    broken = [f"{row['kernel']} {row['target']}: {row['broken']}" for row in rows if row["broken"]]
+    assert not broken, "\n".join(broken)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(rows)} of {len(rows)} within their budgets" in done.stdout
+
+
+def test_every_kernel_has_an_entry():
+    package = importlib.import_module("triton_deq.kernels")
+    modules = [
+        importlib.import_module(f"{package.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(package.__path__)
+    ]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == {f"{entry.name.split('[')[0]}_kernel" for entry in ENTRIES}
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+    assert {name for names in STEPS.values() for name in names} <= {entry.name for entry in ENTRIES}
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.arguments, self.constants = arguments, constants
+
+        return launch
+
+
+def call_op(entry: Entry, device: str) -> None:
+    """Call the op that launches `entry`'s kernel as its name says."""
+    from triton_deq.ops import anderson, jacobian
+
+    values = entry.arguments
+    state_like = torch.zeros(entry.shape, dtype=DTYPES[entry.dtype], device=device)
+    kernel = entry.name.split("[")[0]
+    if kernel == "squared_norm":
+        jacobian.squared_norm(state_like, "triton")
+    elif kernel == "probe":
+        distribution = "gaussian" if values["GAUSSIAN"] else "rademacher"
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        jacobian.probe(state_like, seed, values["index"], distribution, "triton")
+    else:
+        history = values["HISTORY"]
+        state = anderson.anderson_start(state_like, history, 1e-3, history + 2, "triton")
+        if kernel == "anderson_residual":
+            anderson.anderson_residual(state, state_like, history, values["MIXING"], "triton")
+        else:
+            anderson.anderson_advance(
+                state,
+                history,
+                relative=values["RELATIVE"],
+                over_batch=values["OVER_BATCH"],
+                ridge=values["RIDGE"],
+                relative_ridge=values["RELATIVE_RIDGE"],
+                last=False,
+                backend="triton",
+            )
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_an_entry_is_what_its_op_launches(entry: Entry, device: str, monkeypatch):
+    name = f"{entry.name.split('[')[0]}_kernel"
+    recorder = Recorder()
+    monkeypatch.setattr(f"triton_deq.kernels.{entry.op}.{name}", recorder)
+    call_op(entry, device)
+
+    names = list(inspect.signature(entry.kernel.fn).parameters)
+    launched = {**dict(zip(names, recorder.arguments, strict=False)), **recorder.constants}
+    options = {key: launched.pop(key) for key in entry.options}
+    assert options == dict(entry.options)
+    assert launched.keys() == entry.arguments.keys() == set(names)
+    for key, value in entry.arguments.items():
+        if isinstance(value, Pointer):
+            assert launched[key].dtype == DTYPES[value.dtype], key
+            assert launched[key].data_ptr() % 16 == 0, key
+        else:
+            assert (launched[key], type(launched[key])) == (value, type(value)), key
+
+
+# ----------------------------------------------------------------------------------- what the command reports
+
+TRIAL_CATALOG = '''
+"""Entries that break a budget, do not compile, kill the compiler, or are autotuned."""
+import os
+import triton
+import triton.language as tl
+from triton_deq.kernels.catalog import Budget, Entry, Pointer
+
+
+@triton.jit
+def double_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    tl.store(x_ptr + offsets, 2 * tl.load(x_ptr + offsets, mask=inside), mask=inside)
+
+
+@triton.jit
+def wrong_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), tl.arange(0, 2 * BLOCK))
+
+
+class Deadly:
+    fn = double_kernel.fn
+
+    def warmup(self, **arguments):
+        os.write(2, b"the compiler's last words")
+        os._exit(134)
+
+
+tuned_kernel = triton.autotune(
+    [triton.Config({"BLOCK": 512}, num_warps=2), triton.Config({"BLOCK": 2048}, num_warps=4)], key=["n"]
+)(double_kernel)
+
+
+def entry(name, kernel, n=1 << 20, budget=Budget(), **constants):
+    arguments = {"x_ptr": Pointer("fp32"), "n": n, **constants}
+    return Entry("trial", name, kernel, (1, n), arguments, ("x_ptr",), None, None, budget, {})
+
+
+ENTRIES = (
+    entry("wrong", wrong_kernel, BLOCK=64),
+    entry("deadly", Deadly(), BLOCK=512),
+    entry("narrow", double_kernel, n=1001, BLOCK=512),
+    entry("no dot", double_kernel, BLOCK=1024, budget=Budget(tensor_cores=True)),
+    entry("tuned", tuned_kernel),
+)
+'''
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict[str, dict], Path]:
+    folder = tmp_path_factory.mktemp("trial")
+    (folder / "trial_catalog.py").write_text(TRIAL_CATALOG)
+    asm = folder / "asm"
+    done = command(
+        *("--catalog", "trial_catalog", "--asm", str(asm), "--json", "-"),
+        *("--target", "sm_80", "--target", "gfx942"),
+        path=folder,
+    )
+    rows = json.loads(done.stdout)
+    return done, {f"{row['kernel']} {row['target']}": row for row in rows}, asm
+
+
+def test_a_kernel_that_does_not_compile_is_a_row_with_the_message(trial):
+    done, rows, _ = trial
+    for target in ("sm_80", "gfx942"):
+        assert "CompilationError" in rows[f"wrong {target}"]["error"]
+        assert not rows[f"wrong {target}"]["passed"]
+    assert done.returncode == 1
+    assert "CompilationError" in done.stderr
+
+
+def test_a_compiler_that_dies_takes_only_its_own_row_along(trial):
+    _, rows, _ = trial
+    assert "the compiler's last words" in rows["deadly sm_80"]["error"]
+    assert rows["narrow sm_80"]["error"] is None
+
+
+def test_a_broken_budget_is_named(trial):
+    _, rows, _ = trial
+    assert rows["narrow sm_80"]["broken"] == [
+        "4 contiguous loads of 4 bytes (budget 16)",
+        "4 contiguous stores of 4 bytes (budget 16)",
+    ]
+    assert rows["no dot gfx942"]["broken"] == ["no matrix instruction, although there is a dot"]
+
+
+def test_all_configurations_of_an_autotuned_kernel_are_rows(trial):
+    _, rows, _ = trial
+    tuned = {name: row for name, row in rows.items() if name.startswith("tuned/")}
+    assert len(tuned) == 4
+    assert all(row["passed"] for row in tuned.values())
+    for block, loads in ((512, 2), (2048, 4)):
+        (row,) = (
+            row for name, row in tuned.items() if f"BLOCK={block}," in name and row["target"] == "sm_80"
+        )
+        assert row["contiguous_loads"] == {"16": loads}
+
+
+def test_assembly_is_written_and_agrees_with_the_rows(trial):
+    _, rows, asm = trial
+    row = rows["no dot gfx942"]
+    text = (asm / "no_dot.gfx942.amdgcn").read_text()
+    assert "double_kernel" in (asm / "no_dot.sm_80.ptx").read_text()
+    assert "EXIT" in (asm / "no_dot.sm_80.sass").read_text()
+    waves = re.search(r"; Occupancy: (\d+)", text)  # LLVM's own estimate, in waves of the 8 a SIMD can hold
+    assert waves is not None
+    assert row["occupancy"] == int(waves[1]) / 8
+
+
+def test_unknown_names_list_the_valid_ones(capsys):
+    assert run_here("--kernel", "andersen") == 2
+    message = capsys.readouterr().err
+    assert "'andersen'" in message
+    assert all(entry.name in message for entry in ENTRIES)
+    for option, valid in (("--target", TARGETS), ("--roofline", inspection.roofline.DEVICES)):
+        with pytest.raises(SystemExit):
+            run_here(option, "voodoo2")
+        message = capsys.readouterr().err
+        assert all(name in message for name in valid)
+
+
+def test_a_pattern_selects_by_part_or_by_wildcards(capsys):
+    for pattern in ("norm[bf16]", "squared*bf16"):
+        assert run_here("--kernel", pattern, "--roofline", "h100", "--json", "-") == 0
+        assert {row["kernel"] for row in json.loads(capsys.readouterr().out)} == {"squared_norm[bf16]"}
+
+
+def test_missing_tools_and_folders_are_one_sentence(capsys, monkeypatch, tmp_path):
+    from triton.backends.nvidia import compiler
+
+    from triton_deq.inspection import workers
+
+    def missing(arch):
+        raise RuntimeError("Cannot find ptxas")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "get_ptxas", missing)
+        assert run_here("--target", "sm_90") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "TRITON_PTXAS_PATH" in message
+
+    def unwritable(prefix):
+        raise PermissionError(13, "Permission denied", "/tmp")
+
+    monkeypatch.setattr(workers, "TemporaryDirectory", unwritable)
+    assert run_here("--target", "gfx942") == 2
+    assert "TMPDIR" in capsys.readouterr().err
+
+    (tmp_path / "file").write_text("")
+    assert run_here("--asm", str(tmp_path / "file" / "below")) == 2
+    assert "file" in capsys.readouterr().err
+    assert run_here("--json", str(tmp_path / "nowhere" / "rows.json")) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- the readers
+
+
+def test_ptx_accesses():
+    assembly = textwrap.dedent("""\
+        .loc 1 10 4
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        .loc 2 20 4, function_name $L__info_string0, inlined_at 1 11 2
+        ld.global.nc.L1::no_allocate.v2.b64 {%rd2, %rd3}, [%rd1];
+        ld.global.v8.b32 {%r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8}, [%rd1];
+        // begin inline asm
+        .loc 1 30 4
+        mov.u16 %rs1, 0x0;
+        .loc 1 31 4
+        st.global.b16 [ %rd4 + 0 ], { %rs1 };
+        // end inline asm
+        .loc 1 40 4
+        cp.async.cg.shared.global [ %r5 + 0 ], [ %rd5 + 0 ], 0x10, %r6;
+        ld.shared.b64 %rd6, [%r7];
+        st.shared.v4.b32 [%r7], {%r1, %r2, %r3, %r4};
+        .file 1 "/somewhere/kernel.py"
+        .file 2 "/somewhere/helper.py"
+        """)
+    assert [(a.kind, a.bytes, a.file, a.line) for a in accesses(assembly)] == [
+        ("load", 16, "kernel.py", 10),
+        ("load", 16, "helper.py", 20),
+        ("load", 32, "helper.py", 20),
+        ("store", 2, "kernel.py", 30),
+        ("load", 16, "kernel.py", 40),
+    ]
+
+
+def test_amd_accesses():
+    assembly = textwrap.dedent("""\
+        .file 1 "/somewhere" "kernel.py"
+        .loc 1 10 4 is_stmt 1 ; kernel.py:10:4
+        buffer_load_dwordx4 v[10:13], v2, s[4:7], 0 offen
+        global_load_ushort v1, v[2:3], off
+        global_load_short_d16_hi v1, v[2:3], off
+        global_load_dword v1, v[2:3], off
+        s_load_dwordx16 s[0:15], s[0:1], 0x0
+        ds_read_b128 v[0:3], v4
+        .loc 1 11 4
+        global_store_dwordx2 v1, v[2:3], s[10:11]
+        buffer_store_byte v1, v2, s[0:3], 0 offen
+        flat_load_b96 v[0:2], v[4:5]
+        """)
+    assert [(a.kind, a.bytes, a.line) for a in accesses(assembly)] == [
+        ("load", 16, 10),
+        ("load", 2, 10),
+        ("load", 2, 10),
+        ("load", 4, 10),
+        ("store", 8, 11),
+        ("store", 1, 11),
+        ("load", 12, 11),
+    ]
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};",
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1;",
+        "@%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r2, %p2;",
+        "v_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]",
+        "v_smfmac_f32_16x16x32_f16 v[0:3], v[4:5], v[6:9], v10",
+    ],
+)
+def test_matrix_instructions(instruction):
+    assert matrix_instructions(f"{instruction}\n wgmma.fence.sync.aligned;\n v_fma_f32 v0, v1, v2, v3\n") == 1
+
+
+def elf(*sections: tuple[int, int]) -> bytes:
+    """A 64-bit ELF file of nothing but section headers: (flags, size) each."""
+    header = bytearray(0x40)
+    struct.pack_into("<Q", header, 0x28, 0x40)
+    struct.pack_into("<HH", header, 0x3A, 0x40, len(sections))
+    rows = (struct.pack("<IIQQQQ", 0, 0, flags, 0, 0, size).ljust(0x40, b"\0") for flags, size in sections)
+    return bytes(header) + b"".join(rows)
+
+
+def test_nvidia_resources():
+    ptxas = textwrap.dedent("""\
+        ptxas info    : Function properties for a_kernel
+            40 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+        ptxas info    : Used 96 registers, used 1 barriers, 448 bytes cmem[0]
+        """)
+    cubin = elf((0x0, 999), (0x6, 4096), (0x100006, 128))
+    assert code_size(cubin) == 4224
+    found = nvidia_resources(ptxas, cubin)
+    assert (found.registers, found.spilled, found.stack, found.code) == (96, 12, 40, 4224)
+    with pytest.raises(ValueError, match="newer than this reader"):
+        nvidia_resources("", cubin)
+
+
+@pytest.mark.parametrize(("stack", "spilled"), [(0, 0), (64, 20)])
+def test_amd_resources(stack, spilled):
+    """Scalars that were spilled to lanes of a vector register take no memory."""
+    found = amd_resources(
+        f"; codeLenInByte = 3596\n .private_segment_fixed_size: {stack}\n .sgpr_count: 74\n"
+        " .sgpr_spill_count: 2\n .vgpr_count:     54\n .vgpr_spill_count: 3\n"
+    )
+    assert (found.registers, found.spilled, found.stack, found.code) == (54, spilled, stack, 3596)
+
+
+def test_contiguous_accesses_are_known_by_their_lines():
+    def kernel(x_ptr, y_ptr, tl, row):
+        x = tl.load(x_ptr + row)
+        tl.load(y_ptr)
+        tl.store(
+            y_ptr + x,
+            x,
+        )
+
+    first = kernel.__code__.co_firstlineno
+    assert lines_of(kernel, ("x_ptr",)) == {("load", first + 1)}
+    assert lines_of(kernel, ("y_ptr",)) == {("load", first + 2), ("store", first + 3)}
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "shared", "share", "limit"),
+    [
+        # 64 registers fill sm_80's 65536 with 1024 threads of its 2048; 32 do not bind.
+        ("sm_80", 8, 64, 0, 32 / 64, "registers"),
+        ("sm_80", 8, 32, 0, 1.0, "warps"),
+        # cuda_occupancy.h: a quarter of the registers holds two warps at 200 registers and three at 168.
+        ("sm_80", 2, 200, 0, 8 / 64, "registers"),
+        ("sm_80", 2, 168, 0, 12 / 64, "registers"),
+        # 32 programs at most: one warp each is half of the warps.
+        ("sm_90", 1, 16, 0, 32 / 64, "programs"),
+        # Hopper Tuning Guide: of 228 KiB each program takes 1 KiB beside what it asks for, at most 227.
+        ("sm_90", 4, 32, 113 * 1024, 8 / 64, "shared"),
+        ("sm_90", 4, 32, 227 * 1024, 4 / 64, "shared"),
+        ("sm_100", 4, 32, 228 * 1024, 0.0, "shared"),
+        # AMD lab notes, "Register pressure in AMD CDNA2 GPUs": waves a SIMD, of 8, at these registers.
+        ("gfx942", 4, 64, 0, 8 / 8, "warps"),
+        ("gfx942", 4, 72, 0, 7 / 8, "registers"),
+        ("gfx942", 4, 80, 0, 6 / 8, "registers"),
+        ("gfx942", 4, 128, 0, 4 / 8, "registers"),
+        ("gfx942", 4, 129, 0, 3 / 8, "registers"),
+        ("gfx942", 4, 512, 0, 1 / 8, "registers"),
+    ],
+)
+def test_occupancy(target, warps, registers, shared, share, limit):
+    assert occupancy(TARGETS[target], warps, registers, shared) == (share, limit)
+
+
+# -------------------------------------------------------------------------------------------- the roofline
+
+
+def test_the_roofline_is_traffic_over_bandwidth(capsys):
+    assert run_here("--roofline", "h200", "--json", "-", "--launch-us", "5") == 0
+    rows = json.loads(capsys.readouterr().out)
+    of = {(row["kernel"], row["batch"], row["entries"]): row for row in rows}
+    batch, entries, history = 64, 65536, 6
+    states = batch * entries * 4
+
+    residual = of["anderson_residual[fp32,m=6]", batch, entries]
+    assert residual["traffic"] == pytest.approx((history + 3) * states, rel=1e-3)
+    assert residual["binds"] == "bandwidth"
+    assert residual["least"] == residual["traffic"] / 4.8e12
+
+    step = of["Anderson step [fp32,m=6]", batch, entries]
+    assert step["traffic"] == pytest.approx((2 * history + 6) * states, rel=1e-3)
+    assert step["least"] == pytest.approx(step["traffic"] / 4.8e12 + 2 * 5e-6)
+    small = of["Anderson step [fp32,m=6]", 8, 4096]
+    assert small["binds"] == "launches"
+
+
+def test_the_roofline_as_a_table(capsys):
+    assert run_here("--roofline", "a100", "--kernel", "probe") == 0
+    table = capsys.readouterr().out
+    assert "2039 GB/s" in table
+    assert table.count("probe[fp32,gaussian]") == len(inspection.roofline.SHAPES)
+    assert "Anderson step" not in table

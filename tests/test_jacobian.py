@@ -1,0 +1,173 @@
+"""Norm, spectral radius and penalty against the full Jacobian."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import triton_deq as td
+from tests.problems import tanh_map
+
+
+def full_jacobians(f, z):
+    """`[B, N, N]`, from autograd's own full Jacobian of the whole batch."""
+    whole = torch.autograd.functional.jacobian(f, z, create_graph=True)
+    batch = z.shape[0]
+    entries = z[0].numel()
+    whole = whole.reshape(batch, entries, batch, entries)
+    return torch.stack([whole[sample, :, sample] for sample in range(batch)])
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_norm_in_the_mean(distribution):
+    f, *_ = tanh_map(3, 6)
+    z = torch.randn(3, 6, dtype=torch.float64)
+    wanted = full_jacobians(f, z).square().sum((1, 2)).mean() / 6
+    generator = torch.Generator().manual_seed(1)
+    estimates = torch.stack(
+        [td.jacobian_norm(f, z, 1, distribution, generator, "reference").detach() for _ in range(2000)]
+    )
+    standard_error = estimates.std() / math.sqrt(len(estimates))
+    assert abs(estimates.mean() - wanted) < 4 * standard_error
+    assert standard_error < 0.05 * wanted
+
+
+def test_norm_with_both_backends_is_the_same_number(device):
+    f, *_ = tanh_map(2, 7, device=device)
+    z = torch.randn(2, 7, dtype=torch.float64, device=device)
+    values = [
+        td.jacobian_norm(f, z, 2, generator=torch.Generator().manual_seed(3), backend=backend)
+        for backend in ("reference", "triton")
+    ]
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.kernels
+def test_norm_in_float32_with_the_kernels(device):
+    f, weight, _ = tanh_map(2, 7, device=device, dtype=torch.float32)
+    z = torch.randn(2, 7, device=device)
+    out = [
+        torch.autograd.grad(
+            td.jacobian_norm(f, z, 2, generator=torch.Generator().manual_seed(3), backend=backend), weight
+        )[0]
+        for backend in ("reference", "triton")
+    ]
+    torch.testing.assert_close(*out, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_is_that_of_the_same_estimate_from_the_full_jacobian(backend, device):
+    """In z, and in what f closes over, with the same probe."""
+    from triton_deq.ops.jacobian import probe
+
+    f, weight, bias = tanh_map(2, 5, device=device)
+    z = torch.randn(2, 5, dtype=torch.float64, device=device, requires_grad=True)
+    norm = td.jacobian_norm(f, z, generator=torch.Generator().manual_seed(7), backend=backend)
+    mine = torch.autograd.grad(norm, (z, weight, bias))
+
+    seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(7)).to(device)
+    epsilon = probe(z, seed, 0, "gaussian", "reference")
+    products = torch.einsum("bi,bij->bj", epsilon, full_jacobians(f, z))
+    wanted_norm = products.square().sum() / z.numel()
+    wanted = torch.autograd.grad(wanted_norm, (z, weight, bias))
+    torch.testing.assert_close(norm, wanted_norm)
+    for a, b in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_norm_under_torch_compile(distribution):
+    """In one graph: the product is written out in the forward, so that one backward suffices."""
+    _, weight, bias = tanh_map(2, 5)
+    z = torch.randn(2, 5, dtype=torch.float64)
+
+    def norm(weight):
+        return td.jacobian_norm(
+            lambda z: torch.tanh(z @ weight.T + bias), z, 2, distribution, backend="reference"
+        )
+
+    values, gradients = [], []
+    for call in (norm, torch.compile(norm, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        values.append(call(weight))
+        gradients.append(torch.autograd.grad(values[-1], weight)[0])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+
+
+def test_norm_of_what_does_not_depend_on_z():
+    constant = torch.ones(2, 3)
+    assert td.jacobian_norm(lambda z: constant, torch.zeros(2, 3)).item() == 0
+    with torch.no_grad():
+        assert td.jacobian_norm(lambda z: constant, torch.zeros(2, 3)).item() == 0
+    assert td.jacobian_norm(torch.tanh, torch.zeros(0, 3)).item() == 0
+
+
+def test_norm_without_gradients():
+    f, *_ = tanh_map(2, 5)
+    with torch.no_grad():
+        assert not td.jacobian_norm(f, torch.randn(2, 5, dtype=torch.float64)).requires_grad
+
+
+def test_norm_takes_an_f_that_torch_func_cannot():
+    """Running statistics are updated in place, which torch.func.vjp refuses."""
+    layer = nn.BatchNorm1d(4)
+    td.jacobian_norm(lambda z: layer(z) * 0.5, torch.randn(8, 4)).backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("entries", [1, 2, 7, 30, 80])
+def test_spectral_radius(entries):
+    f, *_ = tanh_map(3, entries, gain=1.5)
+    z = torch.randn(3, entries, dtype=torch.float64)
+    wanted = torch.linalg.eigvals(full_jacobians(f, z)).abs().max(dim=1).values
+    torch.testing.assert_close(td.spectral_radius(f, z), wanted, rtol=2e-3, atol=0)
+
+
+def test_spectral_radius_of_a_rotation():
+    """All eigenvalues are one complex pair, where a Rayleigh quotient of a real vector is wrong."""
+    angle = torch.tensor([0.3, 1.5, 3.0], dtype=torch.float64)
+    cosine, sine = 0.9 * angle.cos(), 0.9 * angle.sin()
+    rotations = torch.stack([torch.stack([cosine, -sine], 1), torch.stack([sine, cosine], 1)], 1)
+    radius = td.spectral_radius(lambda z: torch.einsum("bij,bj->bi", rotations, z), torch.ones(3, 2).double())
+    torch.testing.assert_close(radius, torch.full((3,), 0.9, dtype=torch.float64))
+
+
+def test_spectral_radius_of_complex_pairs_among_many():
+    blocks = [torch.tensor([[0.1 * k, -0.5], [0.5, 0.1 * k]], dtype=torch.float64) for k in range(20)]
+    mix = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+    matrix = mix @ torch.block_diag(*blocks) @ mix.T
+    radius = td.spectral_radius(lambda z: z @ matrix.T, torch.ones(1, 40, dtype=torch.float64))
+    assert math.isclose(radius.item(), math.hypot(1.9, 0.5), rel_tol=1e-6)
+
+
+def test_spectral_radius_of_simple_maps():
+    z = torch.ones(2, 5)
+    assert td.spectral_radius(lambda z: 0 * z, z).tolist() == [0, 0]
+    torch.testing.assert_close(td.spectral_radius(lambda z: 3 * z, z), torch.full((2,), 3.0))
+    assert td.spectral_radius(torch.tanh, torch.zeros(0, 5)).shape == (0,)
+    nilpotent = torch.tensor([[0.0, 1], [0, 0]])
+    assert td.spectral_radius(lambda z: z @ nilpotent, torch.ones(1, 2)).item() < 1e-3
+
+
+def test_penalty_fires_with_its_probability_and_repeats_from_its_state():
+    penalty = td.JacobianPenalty(2.0, probability=0.3, seed=5)
+    f, z = (lambda z: 0.5 * z), torch.randn(4, 3)
+    fired = [penalty(f, z, "reference").item() > 0 for _ in range(400)]
+    assert 0.2 < sum(fired) / 400 < 0.4
+
+    saved = copy.deepcopy(penalty.state_dict())
+    following = [penalty(f, z, "reference").item() > 0 for _ in range(50)]
+    for again in (td.JacobianPenalty(2.0, probability=0.3), pickle.loads(pickle.dumps(penalty))):
+        again.load_state_dict(saved)
+        assert [again(f, z, "reference").item() > 0 for _ in range(50)] == following
+
+
+def test_penalty_is_weight_times_norm():
+    z = torch.randn(4, 3, dtype=torch.float64)
+    for weight in (0.0, 2.0):
+        torch.manual_seed(1)
+        penalty = td.JacobianPenalty(weight, distribution="rademacher")(lambda z: 0.5 * z, z, "reference")
+        assert math.isclose(penalty.item(), weight * 0.25)

@@ -1,0 +1,32 @@
+"""Triton kernels that make deep equilibrium models fast.
+
+`solve` finds a fixed point, `fixed_point` one with a gradient, `DEQ` wraps a cell into a model.
+"""
+
+from .cells import MLPCell
+from .deq import DEQ, DEQOutput
+from .gradients import ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
+from .jacobian import JacobianPenalty, jacobian_norm, spectral_radius
+from .solvers import Anderson, NotConverged, Picard, Solution, solve
+from .status import Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEQ",
+    "Anderson",
+    "DEQOutput",
+    "ImplicitGradient",
+    "JacobianPenalty",
+    "MLPCell",
+    "NotConverged",
+    "PhantomGradient",
+    "Picard",
+    "Solution",
+    "Status",
+    "UnrolledGradient",
+    "fixed_point",
+    "jacobian_norm",
+    "solve",
+    "spectral_radius",
+]

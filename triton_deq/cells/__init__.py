@@ -1,0 +1,5 @@
+"""Cells: one layer f(z, u) of a DEQ each, with `inject(x) -> u` for what does not depend on z."""
+
+from .mlp import MLPCell
+
+__all__ = ["MLPCell"]

@@ -1,0 +1,85 @@
+"""Argument checks. Each names the argument, the value it got, and what to pass instead."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_state(name: str, z: Any) -> None:
+    """A state is a real floating tensor `[B, ...]`."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(z).__name__}: pass a floating tensor [B, ...]")
+    if not z.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {z.dtype}: a state must be real and floating; convert it, e.g. {name}.float()"
+        )
+    if z.dim() == 0:
+        raise ValueError(f"{name} is a scalar: a state needs a batch dimension; pass {name}.reshape(1, 1)")
+
+
+def check_value(value: Any, z: Tensor) -> None:
+    """f(z) must look like z."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"f(z) must be a tensor like z, got {type(value).__name__}: return the next state only"
+        )
+    if value.shape != z.shape:
+        raise ValueError(
+            f"f(z) has shape {tuple(value.shape)}, z has {tuple(z.shape)}: a fixed point needs them equal; "
+            "check f, or the shape of z0"
+        )
+    if value.dtype != z.dtype:
+        raise TypeError(
+            f"f(z) has dtype {value.dtype}, z has {z.dtype}: cast one of them (under autocast, let f end in "
+            ".to(z.dtype))"
+        )
+    if value.device != z.device:
+        raise ValueError(f"f(z) is on {value.device}, z on {z.device}: move z0, or f's parameters")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}={value!r} is too small: it must be at least {least}")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """A finite real number in [low, high], or in (low, high] with `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+    inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+    if not inside:
+        interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"
+        raise ValueError(f"{name}={value!r} is outside {interval}: pick a finite number inside")
+
+
+def parse_count(least: int) -> Callable[[str], int]:
+    """An argparse type: an int of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too small: it must be at least {least}")
+        return number
+
+    return parse
+
+
+def check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")

@@ -1,0 +1,119 @@
+"""A deep equilibrium model: a cell, a solver, a gradient and a penalty."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend import BACKENDS
+from .checks import check_choice
+from .gradients import Gradient, ImplicitGradient, check_gradient, fixed_point
+from .jacobian import JacobianPenalty
+from .solvers import Anderson, Solution, Solver
+from .solvers.loop import check_solver
+from .solvers.stopping import Stopping
+
+
+@dataclass(frozen=True)
+class DEQOutput:
+    """What a DEQ gives.
+
+    Attributes:
+        value: the equilibrium, differentiable in the cell's parameters and in x.
+        solution: how the solve went.
+        penalty: a scalar to add to the loss; zero without a `JacobianPenalty`, or while not training.
+    """
+
+    value: Tensor
+    solution: Solution
+    penalty: Tensor
+
+
+class DEQ(nn.Module):
+    """`z* = cell(z*, cell.inject(x))` (Bai et al., arXiv 1909.01377).
+
+    Args:
+        cell: a module with `inject(x) -> u`, which is computed once, and `forward(z, u) -> z`. It may have
+            `initial_state(u) -> z0`; else the solve starts from zeros like u.
+        solver: `Anderson()` by default.
+        tol, max_steps, residual, norm_over: as in `solve`.
+        gradient: `ImplicitGradient()` by default.
+        penalty: a `JacobianPenalty`, taken at the equilibrium while training.
+        backend: "auto", "triton" or "reference".
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        solver: Solver | None = None,
+        *,
+        tol: float = 1e-3,
+        max_steps: int = 30,
+        residual: str = "relative",
+        norm_over: str = "sample",
+        gradient: Gradient | None = None,
+        penalty: JacobianPenalty | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if not callable(getattr(cell, "inject", None)):
+            raise TypeError(
+                f"cell={type(cell).__name__} has no inject(x): a cell needs inject(x) -> u and "
+                "forward(z, u) -> z; for a plain f(z) call td.fixed_point"
+            )
+        if penalty is not None and not isinstance(penalty, JacobianPenalty):
+            raise TypeError(f"penalty={penalty!r} must be a td.JacobianPenalty or None")
+        check_choice("backend", backend, BACKENDS)
+        self.cell = cell
+        self.penalty = penalty
+        self.solver = check_solver("solver", Anderson() if solver is None else solver)
+        self.gradient = check_gradient(ImplicitGradient() if gradient is None else gradient)
+        self.stopping = Stopping(tol, max_steps, residual, norm_over)
+        self.backend = backend
+
+    def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
+        """Solve for the equilibrium of x, from z0 or from the cell's initial state."""
+        cell: Any = self.cell
+        u = cell.inject(x)
+        if z0 is None:
+            z0 = self._initial_state(u)
+
+        def f(z: Tensor) -> Tensor:
+            return cell(z, u)
+
+        value, solution = fixed_point(
+            f,
+            z0,
+            self.solver,
+            tol=self.stopping.tol,
+            max_steps=self.stopping.max_steps,
+            residual=self.stopping.residual,
+            norm_over=self.stopping.norm_over,
+            gradient=self.gradient,
+            backend=self.backend,
+            return_solution=True,
+        )
+        if self.penalty is not None and self.training and torch.is_grad_enabled():
+            penalty = self.penalty(f, solution.value, self.backend)
+        else:
+            penalty = value.new_zeros(())
+        return DEQOutput(value, solution, penalty)
+
+    def _initial_state(self, u: Any) -> Tensor:
+        initial_state: Any = getattr(self.cell, "initial_state", None)
+        if initial_state is not None:
+            return initial_state(u)
+        if isinstance(u, Tensor):
+            return torch.zeros_like(u)
+        raise TypeError(
+            f"cell.inject(x) gave {type(u).__name__}, which no z0 can be shaped after: pass z0, or give the "
+            "cell initial_state(u) -> z0"
+        )
+
+    def extra_repr(self) -> str:
+        stop = f"tol={self.stopping.tol}, max_steps={self.stopping.max_steps}"
+        return f"solver={self.solver}, {stop}, gradient={self.gradient}"

@@ -1,0 +1,207 @@
+"""How a fixed point is differentiated, and `fixed_point`, the differentiable solve.
+
+A gradient is a frozen record with one method, `fixed_point(f, z0, solver, backend, **options)`, which
+returns the value with its graph, and the solution.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from .checks import check_count, check_number, check_state
+from .solvers import Anderson, Solution, Solver, solve
+from .solvers.loop import check_solver
+from .solvers.stopping import Stopping
+from .solvers.unrolled import unrolled_solve
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Gradient(Protocol):
+    """What `fixed_point` asks of a gradient."""
+
+    def fixed_point(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]: ...
+
+
+@dataclass(frozen=True)
+class ImplicitGradient:
+    """The exact gradient by the implicit function theorem, in memory that does not grow with the steps.
+
+    `dℓ/dθ = uᵀ ∂f/∂θ` at the fixed point, where `uᵀ = uᵀJ + ∂ℓ/∂z*` is itself a fixed point of one
+    vector-Jacobian product (Bai et al., arXiv 1909.01377, theorem 1). The solve for u starts at ∂ℓ/∂z*
+    and its residual is relative, so the scale of the loss does not matter. z0 gets no gradient.
+
+    Attributes:
+        solver: for u; `Anderson()` by default.
+        tol: relative residual at which u has converged.
+        max_steps: the most vector-Jacobian products.
+    """
+
+    solver: Solver = field(default_factory=Anderson)
+    tol: float = 1e-4
+    max_steps: int = 30
+
+    def __post_init__(self):
+        check_solver("solver", self.solver)
+        Stopping(self.tol, self.max_steps)
+
+    def fixed_point(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]:
+        solution = solve(f, z0, solver, backend=backend, **options)
+        at = solution.value.detach().requires_grad_()
+        value = f(at)
+        return _ImplicitFunction.apply(value, at, self, backend), solution
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Forward: the fixed point `at`, as if it were `value = f(at)`. Backward: hand u to value's graph."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, at: Tensor, gradient: ImplicitGradient, backend: str) -> Tensor:
+        ctx.value, ctx.at, ctx.gradient, ctx.backend = value, at, gradient, backend
+        return at.detach().clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        def adjoint(u: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(ctx.value, ctx.at, u, retain_graph=True, materialize_grads=True)
+            return product + grad
+
+        gradient = ctx.gradient
+        solution = solve(
+            adjoint,
+            grad,
+            gradient.solver,
+            tol=gradient.tol,
+            max_steps=gradient.max_steps,
+            backend=ctx.backend,
+        )
+        u = solution.value
+        if torch.is_grad_enabled():  # asked for with create_graph=True
+            u = _RefuseSecond.apply(u.requires_grad_())
+        return u, None, None, None
+
+
+class _RefuseSecond(torch.autograd.Function):
+    """The identity, whose derivative is an error: u depends on everything, and its graph is not kept."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "an ImplicitGradient cannot be differentiated a second time: use "
+            "gradient=td.UnrolledGradient(), or detach the first gradient"
+        )
+
+
+@dataclass(frozen=True)
+class PhantomGradient:
+    """Backpropagation through `steps` damped steps of f from the fixed point; cheap and inexact.
+
+    `z ← (1 − β) z + β f(z)`, steps times, the fixed point itself taken as a constant (Geng et al., "On
+    Training Implicit Models", arXiv 2111.05177). One undamped step is Jacobian-free backpropagation
+    (Fung et al., arXiv 2103.12803). The value returned is the last of these steps.
+
+    Attributes:
+        steps: k ≥ 1, evaluations of f with a graph.
+        mixing: β in (0, 1], the weight of f(z).
+    """
+
+    steps: int = 1
+    mixing: float = 1.0
+
+    def __post_init__(self):
+        check_count("steps", self.steps)
+        check_number("mixing", self.mixing, 0, 1, open_low=True)
+
+    def fixed_point(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]:
+        solution = solve(f, z0, solver, backend=backend, **options)
+        z = solution.value
+        for _ in range(self.steps):
+            z = torch.lerp(z, f(z), self.mixing) if self.mixing < 1 else f(z)
+        return z, solution
+
+
+@dataclass(frozen=True)
+class UnrolledGradient:
+    """Backpropagation through every step of the solver, z0 included: exact for the steps taken.
+
+    Memory grows with the steps. It runs on PyTorch operators whatever the backend.
+    """
+
+    def fixed_point(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]:
+        return unrolled_solve(f, z0, solver, **options)
+
+
+def fixed_point(
+    f: Function,
+    z0: Tensor,
+    solver: Solver | None = None,
+    *,
+    tol: float = 1e-3,
+    max_steps: int = 30,
+    residual: str = "relative",
+    norm_over: str = "sample",
+    throw: bool = False,
+    trace: bool = False,
+    gradient: Gradient | None = None,
+    backend: str = "auto",
+    return_solution: bool = False,
+) -> Any:
+    """The fixed point `z = f(z)` of each sample, differentiable in whatever f closes over.
+
+    With gradients disabled this is `solve(...).value`. With them, f is evaluated once more than
+    `Solution.nfe` says (`PhantomGradient`: `steps` times more), to record its graph.
+
+    Args:
+        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, backend: as in `solve`.
+        gradient: `ImplicitGradient()` if not given, `PhantomGradient(...)` or `UnrolledGradient()`.
+        return_solution: also return the `Solution`.
+
+    Returns:
+        A tensor like z0, or `(tensor, Solution)`.
+
+    Raises:
+        As `solve`; TypeError for something that is no gradient.
+    """
+    check_state("z0", z0)
+    backends.choose(z0, backend)
+    solver = check_solver("solver", Anderson() if solver is None else solver)
+    gradient = check_gradient(ImplicitGradient() if gradient is None else gradient)
+    options: dict[str, Any] = {
+        "tol": tol,
+        "max_steps": max_steps,
+        "residual": residual,
+        "norm_over": norm_over,
+        "throw": throw,
+        "trace": trace,
+    }
+    if torch.is_grad_enabled():
+        value, solution = gradient.fixed_point(f, z0, solver, backend, **options)
+    else:
+        solution = solve(f, z0, solver, backend=backend, **options)
+        value = solution.value
+    return (value, solution) if return_solution else value
+
+
+def check_gradient(gradient: Any) -> Gradient:
+    if isinstance(gradient, type) or not hasattr(gradient, "fixed_point"):
+        raise TypeError(
+            f"gradient={gradient!r} is not a gradient: pass an instance of td.ImplicitGradient, "
+            "td.PhantomGradient or td.UnrolledGradient"
+        )
+    return gradient

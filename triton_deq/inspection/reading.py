@@ -1,0 +1,151 @@
+"""What the compilers' output says: PTX and AMD assembly, ptxas' report, the size of a cubin's code."""
+
+import ast
+import inspect
+import re
+import struct
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Access:
+    """One instruction that reads or writes global memory.
+
+    kind: "load" or "store"; bytes: of one thread; file, line: of the source, "" and 0 where unknown.
+    """
+
+    kind: str
+    bytes: int
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a thread needs (registers, spilled and stack bytes), and the bytes of the kernel's code.
+
+    Spilled values lie on the stack, but not all of the stack is spilled: arrays that are indexed at run
+    time and calls need it too.
+    """
+
+    registers: int
+    spilled: int
+    stack: int
+    code: int
+
+
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', re.MULTILINE)
+_LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+_PTX = re.compile(r"\b(ld|st)\.global((?:\.[\w:]+)*)\.[bsuf](\d+)\b")
+_PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[.*?\],\s*\[.*?\],\s*(0x[0-9a-fA-F]+|\d+)")
+_AMD = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)")
+_AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
+_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfmac?_\w+)\b")
+
+
+def accesses(assembly: str) -> list[Access]:
+    """The global loads and stores of PTX or AMD assembly, each with the source line it came from."""
+    files = {number: Path(name).name for number, name in _FILE.findall(assembly)}
+    file, line, found = "", 0, []
+    inline = pinned = False
+    for text in assembly.splitlines():
+        if match := _LOC.match(text):
+            if not pinned:
+                file, line = files.get(match[1], ""), int(match[2])
+            # Some versions of LLVM count on from here, one source line for each line of inline assembly.
+            pinned = inline
+        elif "inline asm" in text:
+            inline, pinned = "begin" in text, False
+        elif access := _access(text):
+            found.append(Access(*access, file, line))
+    return found
+
+
+def _access(text: str) -> tuple[str, int] | None:
+    if match := _PTX.search(text):
+        vector = re.search(r"\.v(\d)", match[2])
+        bits = int(match[3]) * (int(vector[1]) if vector else 1)
+        return ("load" if match[1] == "ld" else "store"), bits // 8
+    if match := _PTX_ASYNC.search(text):
+        return "load", int(match[1], 0)
+    if match := _AMD.match(text):
+        return match[1], _amd_bits(match[2]) // 8
+    return None
+
+
+def _amd_bits(suffix: str) -> int:
+    """`dwordx4` and `b128` are 128 bits, `ushort` and `short_d16_hi` are 16."""
+    if match := re.match(r"b(\d+)", suffix):
+        return int(match[1])
+    match = re.search(r"(byte|short|dword)(?:x(\d))?", suffix)
+    return _AMD_BITS[match[1]] * int(match[2] or 1) if match else 0
+
+
+def matrix_instructions(assembly: str) -> int:
+    """How many instructions use the matrix units."""
+    return len(_MATRIX.findall(assembly))
+
+
+def nvidia_resources(report: str, cubin: bytes) -> Resources:
+    """From what `ptxas -v` prints, and the binary."""
+    stack, stores, loads = _numbers(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    (registers,) = _numbers(r"Used (\d+) registers", report)
+    return Resources(registers, max(stores, loads), stack, code_size(cubin))
+
+
+def amd_resources(assembly: str) -> Resources:
+    """From the metadata and comments at the end of AMD assembly.
+
+    A spilled register has 4 bytes. Those that went to another register (scalars to a lane of a vector,
+    vectors to an accumulator) are counted as well, but take no stack: only what took some is reported.
+    """
+    registers, spilled_vectors, spilled_scalars, stack = (
+        _numbers(rf"\.{key}:\s*(\d+)", assembly)[0]
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    )
+    (code,) = _numbers(r"codeLenInByte = (\d+)", assembly)
+    return Resources(registers, min(4 * (spilled_vectors + spilled_scalars), stack), stack, code)
+
+
+def _numbers(pattern: str, text: str) -> tuple[int, ...]:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's output has no {pattern!r}: this Triton is newer than this reader")
+    return tuple(int(number) for number in match.groups())
+
+
+def code_size(binary: bytes) -> int:
+    """Bytes of instructions in a 64-bit little-endian ELF file: its executable sections."""
+    (sections,) = struct.unpack_from("<Q", binary, 0x28)
+    size, count = struct.unpack_from("<HH", binary, 0x3A)
+    headers = (struct.unpack_from("<IIQQQQ", binary, sections + i * size) for i in range(count))
+    executable = 0x4
+    return sum(length for _, _, flags, _, _, length in headers if flags & executable)
+
+
+def lines_of(function: Callable[..., Any], pointers: tuple[str, ...]) -> set[tuple[str, int]]:
+    """("load" or "store", line) where `function` calls `tl.load` or `tl.store` with one of these pointers."""
+    lines, first = inspect.getsourcelines(function)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    return {
+        (kind, call.lineno + first - 1)
+        for kind, call in _memory_calls(tree)
+        if _names(call.args[0]) & set(pointers)
+    }
+
+
+def _memory_calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="load" | "store" as kind), args=[_, *_]):
+                yield kind, node
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -1,0 +1,244 @@
+"""What the Jacobian of f at a state is like: its norm, its spectral radius, and a penalty on the norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backend as backends
+from .checks import check_choice, check_count, check_generator, check_number, check_state, check_value
+from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
+from .reference.record import accumulate_dtype
+
+Function = Callable[[Tensor], Tensor]
+
+
+def jacobian_norm(
+    f: Function,
+    z: Tensor,
+    probes: int = 1,
+    distribution: str = "gaussian",
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Estimate `‖∂f/∂z‖_F²` of each sample, divided by its number of entries; the mean over the batch.
+
+    `1/(M·B·N) Σ_m Σ_b ‖ε_mbᵀ J_b‖²`, unbiased for independent ε of mean 0 and variance 1 (Hutchinson; Bai et
+    al., arXiv 2106.14342, eq. 6). It costs `probes` vector-Jacobian products. Differentiable in z and in
+    what f closes over.
+
+    Args:
+        f: from a state to a state; the samples of a batch must not depend on each other.
+        z: `[B, ...]`, floating.
+        probes: M, how many random vectors.
+        distribution: of their entries: "gaussian", or "rademacher" (±1), whose variance is lower.
+        generator: where the seed comes from; by default the global generator of z's device. One seed is
+            drawn per call, and the probes are made from it.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        A scalar in the accumulation dtype, float32 or float64; 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+    """
+    check_state("z", z)
+    check_count("probes", probes)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_generator(generator)
+    name, _ = backends.choose(z, backend)
+    seed = draw_seed(z.device, generator)
+
+    value, pullback = vjp(f, z)
+    if z.numel() == 0:
+        return squared_norm(value, name).sum()
+    total = torch.zeros((), dtype=accumulate_dtype(z.dtype), device=z.device)
+    for index in range(probes):
+        product = pullback(probe(value, seed, index, distribution, name))
+        total = total + squared_norm(product, name).sum()
+    return total / (probes * z.numel())
+
+
+def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
+    """`f(z)` and `ε ↦ εᵀJ`, both differentiable in z and in what f closes over.
+
+    Under torch.compile the product is written out in the forward (`torch.func.vjp`), because a compiled
+    region has no double backward. Eagerly the autograd engine does it, which takes any f: also one with
+    running statistics or with an autograd.Function that torch.func cannot transform.
+    """
+    if torch.compiler.is_compiling():
+        value, transposed = torch.func.vjp(f, z)[:2]
+        check_value(value, z)
+        return value, lambda vector: transposed(vector)[0]
+    if torch.is_grad_enabled():
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        return _engine_vjp(f, z, create_graph=True)
+    with torch.enable_grad():
+        return _engine_vjp(f, z.detach().requires_grad_(), create_graph=False)
+
+
+def _engine_vjp(f: Function, z: Tensor, create_graph: bool) -> tuple[Tensor, Function]:
+    value = f(z)
+    check_value(value, z)
+
+    def pullback(vector: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(z)  # f does not depend on z
+        (product,) = torch.autograd.grad(
+            value, z, vector, create_graph=create_graph, retain_graph=True, materialize_grads=True
+        )
+        return product
+
+    return value, pullback
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """An int64 seed `[1]` on `device`, without the host waiting where the generator is there too."""
+    at = generator.device if generator is not None else device
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=at).to(device)
+
+
+@torch.no_grad()
+def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
+    """`max |λ(∂f/∂z)|` of each sample, by restarted Arnoldi iteration on `Jᵀ`.
+
+    A power iteration with a Rayleigh quotient is wrong where the largest eigenvalues are a complex pair,
+    as they often are in a DEQ. A Krylov space of up to 20 vectors holds such a pair, and the eigenvalues of
+    J's projection on it (Saad, "Numerical Methods for Large Eigenvalue Problems", 2011, ch. 6) tell its
+    modulus. Each cycle starts from the sum of the Ritz vectors that belong to the largest one.
+
+    Args:
+        f: from a state to a state; the samples of a batch must not depend on each other.
+        z: `[B, ...]`, floating.
+        steps: the number of vector-Jacobian products, at least 1.
+
+    Returns:
+        `[B]` float32, or float64 for a float64 state.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+    """
+    check_state("z", z)
+    check_count("steps", steps)
+    batch, entries = z.shape[0], z[:1].numel()
+    wide = accumulate_dtype(z.dtype)
+    if z.numel() == 0:
+        return torch.zeros(batch, dtype=wide, device=z.device)
+    with torch.enable_grad():
+        _, pullback = _engine_vjp(f, z.detach().requires_grad_(), create_graph=False)
+
+    def transposed(rows: Tensor) -> Tensor:
+        return pullback(rows.to(z.dtype).view(z.shape)).reshape(batch, entries).to(wide)
+
+    # A fixed start, so that the same question has the same answer.
+    seed = torch.zeros(1, dtype=torch.int64, device=z.device)
+    start = probe(z.new_empty((batch, entries), dtype=wide), seed, 0, "gaussian", "reference")
+    size = min(entries, 20)
+    radius = z.new_zeros(batch, dtype=wide)
+    while steps > 0:
+        basis, projection = _arnoldi(transposed, start, min(size, steps))
+        values, vectors = torch.linalg.eig(projection)
+        radius, largest = values.abs().max(dim=1)
+        # The real part of a Ritz vector of a complex pair has both of the pair in its Krylov space.
+        chosen = vectors.gather(2, largest[:, None, None].expand(-1, vectors.shape[1], 1))[..., 0].real
+        start = torch.einsum("bk,kbn->bn", chosen, basis)
+        steps -= len(basis)
+    return radius
+
+
+def _arnoldi(product: Function, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """An orthonormal Krylov basis `[size, B, N]` of each row, and the projection `[B, size, size]` on it.
+
+    Orthogonalised twice against all, which keeps it orthogonal to rounding. Where the space is exhausted
+    the rest of the basis is zero, which adds only zero eigenvalues.
+    """
+    batch = start.shape[0]
+    basis = start.new_zeros(size, *start.shape)
+    projection = start.new_zeros(batch, size, size)
+    basis[0] = _normalise(start)[0]
+    for k in range(size):
+        vector = product(basis[k])
+        before = torch.linalg.vector_norm(vector, dim=1)
+        for _ in range(2):
+            overlap = torch.einsum("kbn,bn->bk", basis[: k + 1], vector)
+            projection[:, : k + 1, k] += overlap
+            vector = vector - torch.einsum("bk,kbn->bn", overlap, basis[: k + 1])
+        if k + 1 < size:
+            floor = 10 * torch.finfo(vector.dtype).eps * before
+            basis[k + 1], projection[:, k + 1, k] = _normalise(vector, floor)
+    return basis, projection
+
+
+def _normalise(rows: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Rows of length 1 and their lengths; a row no longer than `floor` becomes zero."""
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    kept = norm > floor
+    scale = torch.where(kept, 1 / torch.where(kept, norm, 1), 0)
+    return rows * scale[:, None], torch.where(kept, norm, 0)
+
+
+class JacobianPenalty(nn.Module):
+    """`τ γ · jacobian_norm(f, z*)` with `τ ~ Bernoulli(p)` drawn once a call (arXiv 2106.14342, eq. 6).
+
+    The draws come from a seeded generator of their own, so that every data-parallel rank draws the same;
+    its state is part of `state_dict`.
+
+    Args:
+        weight: γ ≥ 0. The paper uses 0.5 (CIFAR-10) to 2.5 (WikiText-103) and 3 (ImageNet).
+        probability: p in [0, 1], how often the penalty is computed at all; it is not rescaled by 1/p.
+        probes: M, random vectors an estimate.
+        distribution: "gaussian" or "rademacher".
+        seed: of the draws τ.
+
+    Raises:
+        TypeError, ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        probability: float = 1.0,
+        probes: int = 1,
+        distribution: str = "gaussian",
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_number("weight", weight, 0)
+        check_number("probability", probability, 0, 1)
+        check_count("probes", probes)
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_count("seed", seed, least=0)
+        self.weight = weight
+        self.probability = probability
+        self.probes = probes
+        self.distribution = distribution
+        self._draws = torch.Generator().manual_seed(seed)
+
+    def forward(self, f: Function, z: Tensor, backend: str = "auto") -> Tensor:
+        """A scalar to add to the loss; zero where τ is 0. Gradients reach what f closes over, and z."""
+        fires = torch.rand((), generator=self._draws).item() < self.probability
+        if not fires or self.weight == 0:
+            return z.new_zeros((), dtype=accumulate_dtype(z.dtype))
+        estimate = jacobian_norm(f, z, self.probes, self.distribution, backend=backend)
+        return self.weight * estimate
+
+    def extra_repr(self) -> str:
+        return (
+            f"weight={self.weight}, probability={self.probability}, probes={self.probes}, "
+            f"distribution={self.distribution!r}"
+        )
+
+    def get_extra_state(self) -> Tensor:
+        return self._draws.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._draws.set_state(state.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_draws": self._draws.get_state()}  # a Generator cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._draws = torch.Generator()
+        self._draws.set_state(state["_draws"])

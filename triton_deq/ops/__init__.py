@@ -1,0 +1,1 @@
+"""One module an op: argument checks, launcher, autograd.Function, public function."""

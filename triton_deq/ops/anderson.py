@@ -1,0 +1,143 @@
+"""The Anderson step as an op: the reference or two kernels, on one state.
+
+Not differentiable: a solve runs without gradients, and `triton_deq.gradients` gives its derivative.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import anderson as reference
+from ..reference.anderson import AndersonState
+from ..reference.record import Record, accumulate_dtype
+from .launch import launch, next_power_of_2, partition, wide_dtype
+
+__all__ = ["AndersonState", "anderson_advance", "anderson_residual", "anderson_start"]
+
+
+def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend: str) -> AndersonState:
+    """The state of a solve from `x` `[B, N]`, B and N at least 1, any strides; see `AndersonState`."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    if backend == "reference":
+        return reference.anderson_start(x, history, tol, max_steps)
+    batch, entries = x.shape
+    history = min(history, max_steps)
+    record = Record(batch, tol, x.device)
+    parts = partition(batch, entries).parts
+    wide = accumulate_dtype(x.dtype)
+    return AndersonState(
+        x=x,
+        best=x.clone(),
+        residuals=x.new_empty((history, batch, entries)),
+        iterates=x.new_empty((history, batch, entries)),
+        gram=x.new_zeros((batch, history, history), dtype=torch.float64),
+        dots=x.new_empty((batch, parts, next_power_of_2(history + 1)), dtype=wide),
+        record=record,
+        before=torch.empty_like(record.data),
+        active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),
+        spare=x.new_empty(0),
+    )
+
+
+def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float, backend: str) -> None:
+    """`G = f(x) − x` and `x + β G` into the history, and the new row of the Gram matrix into `state.dots`.
+
+    fx: `[B, N]`, of the state's dtype, any strides.
+    """
+    if backend == "reference":
+        return reference.anderson_residual(state, fx, step, mixing)
+    grid, cut, constants = _geometry(state)
+    launch(
+        _kernels().anderson_residual_kernel,
+        grid,
+        fx.contiguous(),
+        state.x,
+        state.residuals,
+        state.iterates,
+        state.dots,
+        state.record.data,
+        state.before,
+        *state.x.shape,
+        cut.parts,
+        cut.chunk,
+        step % state.history,
+        min(step + 1, state.history),
+        MIXING=mixing,
+        **constants,
+    )
+    return None
+
+
+def anderson_advance(
+    state: AndersonState,
+    step: int,
+    *,
+    relative: bool,
+    over_batch: bool,
+    ridge: float,
+    relative_ridge: bool,
+    last: bool,
+    backend: str,
+) -> bool | Tensor:
+    """Judge every sample, keep the best iterates, mix the next ones; see the reference for the formula.
+
+    Returns whether any sample goes on: a bool, or a one-element tensor on the device that nobody has
+    waited for yet.
+    """
+    if backend == "reference":
+        return reference.anderson_advance(
+            state,
+            step,
+            relative=relative,
+            over_batch=over_batch,
+            ridge=ridge,
+            relative_ridge=relative_ridge,
+            last=last,
+        )
+    grid, cut, constants = _geometry(state)
+    launch(
+        _kernels().anderson_advance_kernel,
+        grid,
+        state.x,
+        state.best,
+        state.iterates,
+        state.dots,
+        state.gram,
+        state.record.data,
+        state.before,
+        state.active,
+        *state.x.shape,
+        cut.parts,
+        cut.chunk,
+        step,
+        step % state.history,
+        int(last),
+        PARTS=next_power_of_2(cut.parts),
+        RELATIVE=relative,
+        OVER_BATCH=over_batch,
+        RIDGE=ridge,
+        RELATIVE_RIDGE=relative_ridge,
+        **constants,
+    )
+    return state.active[step]
+
+
+def _geometry(state: AndersonState) -> tuple[tuple[int, int], Any, dict[str, Any]]:
+    """The grid, the cut of a sample, and the compile-time constants that both kernels share."""
+    batch, entries = state.x.shape
+    cut = partition(batch, entries)
+    constants = {
+        "HISTORY": state.history,
+        "LANES": state.dots.shape[-1],
+        "BLOCK": cut.block,
+        "WIDE": wide_dtype(state.x.dtype),
+    }
+    return (batch, cut.parts), cut, constants
+
+
+def _kernels() -> ModuleType:
+    from ..kernels import anderson
+
+    return anderson

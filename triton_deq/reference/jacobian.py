@@ -1,0 +1,71 @@
+"""The pieces of the stochastic Jacobian-norm estimate in PyTorch: probes and squared norms.
+
+`‖J‖_F² = E ‖εᵀJ‖²` for ε of independent entries with mean 0 and variance 1 (Hutchinson; Bai, Koltun &
+Kolter, arXiv 2106.14342, eq. 5).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .record import accumulate_dtype
+
+# Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype: torch.dtype) -> Tensor:
+    """A random probe of `shape` on the seed's device, the same entries for the same seed and index.
+
+    seed: int64 `[1]`. Counter c of the stream gives the four entries c, c + q, c + 2q, c + 3q of the
+    flattened probe, q being a quarter of its length.
+    distribution: "gaussian", N(0, 1) by Box-Muller; "rademacher", ±1.
+    """
+    total = math.prod(shape)
+    quarter = -(-total // 4)
+    words = _philox(seed, torch.arange(quarter, device=seed.device), index)
+    if distribution == "rademacher":
+        entries = [1.0 - 2.0 * (word & 1) for word in words]
+    else:
+        wide = accumulate_dtype(dtype)
+        entries = [*_box_muller(words[0], words[1], wide), *_box_muller(words[2], words[3], wide)]
+    return torch.cat(entries)[:total].to(dtype).view(shape)
+
+
+def squared_norm(rows: Tensor) -> Tensor:
+    """`Σ_n v[b, n]²` as `[B]` in the accumulation dtype, for v `[B, N]`."""
+    return rows.to(accumulate_dtype(rows.dtype)).square().sum(dim=1)
+
+
+def _philox(seed: Tensor, counter: Tensor, index: int) -> list[Tensor]:
+    """Four streams of 32-bit words, held in int64, for each entry of `counter`."""
+    keys = [seed & _WORD, (seed >> 32) & _WORD]
+    words = [counter & _WORD, counter >> 32, torch.full_like(counter, index), torch.zeros_like(counter)]
+    for _ in range(10):
+        high, low = zip(
+            *(_multiply(word, constant) for word, constant in zip(words[::2], _MULTIPLIERS, strict=True)),
+            strict=True,
+        )
+        words = [high[1] ^ words[1] ^ keys[0], low[1], high[0] ^ words[3] ^ keys[1], low[0]]
+        keys = [(key + weyl) & _WORD for key, weyl in zip(keys, _WEYL, strict=True)]
+    return words
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low half of the 64-bit product of two 32-bit words, without overflowing int64."""
+    low = (word & 0xFFFF) * constant
+    middle = (word >> 16) * constant + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _box_muller(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from two 32-bit words, of which the upper 24 bits are used.
+
+    The angle runs from minus an eighth of a turn to seven eighths: two bits name the quadrant.
+    """
+    radius = torch.sqrt(-2 * torch.log(((first >> 8) + 1).to(dtype) * 2.0**-24))
+    angle = ((second >> 8).to(dtype) * 2.0**-22 - 0.5) * (math.pi / 2)
+    return radius * torch.cos(angle), radius * torch.sin(angle)

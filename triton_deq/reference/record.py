@@ -1,0 +1,89 @@
+"""What a solver knows of each sample: the decisions that every solver takes alike."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..status import RUNNING, Status
+
+# Rows of `Record.data`; kernels/primitives.py holds the same numbers.
+STATUS, COUNT, RESIDUAL, BEST, LIMIT, TOLERANCE, STEPS = range(7)
+FIELDS = 7
+
+DIVERGENCE = 1e6
+"""A sample has diverged when its residual exceeds this many times the scale of its first step."""
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over entries of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Record:
+    """One float64 row per fact, one column per sample, so that a kernel needs a single pointer.
+
+    It lies on the GPU for the kernels, and on the CPU for the reference, which decides there. `data` is `[FIELDS, B]`. The properties are views of its rows, each `[B]`:
+
+    - `status`: a `Status`; RUNNING until the sample stops
+    - `count`: how many of the newest history slots the sample may use
+    - `residual`: of the newest iterate; `best`: the lowest so far
+    - `limit`: the absolute residual beyond which the sample has diverged
+    - `tolerance`: where it has converged
+    - `steps`: evaluations of f until it stopped
+    """
+
+    def __init__(self, batch: int, tol: float, device: torch.device):
+        self.data = torch.zeros(FIELDS, batch, dtype=torch.float64, device=device)
+        self.status.fill_(RUNNING)
+        self.residual.fill_(torch.inf)
+        self.best.fill_(torch.inf)
+        # tol = 0 means "take every step", also past a residual that is exactly zero.
+        self.tolerance.fill_(tol if tol > 0 else -1.0)
+
+    status = property(lambda self: self.data[STATUS])
+    count = property(lambda self: self.data[COUNT])
+    residual = property(lambda self: self.data[RESIDUAL])
+    best = property(lambda self: self.data[BEST])
+    limit = property(lambda self: self.data[LIMIT])
+    tolerance = property(lambda self: self.data[TOLERANCE])
+    steps = property(lambda self: self.data[STEPS])
+
+    def judge(
+        self,
+        step: int,
+        residual_sq: NDArray[np.float64],
+        value_sq: NDArray[np.float64],
+        *,
+        relative: bool,
+        over_batch: bool,
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Take in `‖f(z) − z‖²` and `‖f(z)‖²`, both `[B]`, and decide each sample's status.
+
+        Runs on the host, in NumPy, whose small operations cost a third of PyTorch's; `data` must be there.
+
+        Returns two masks `[B]`: `improved`, the samples whose present iterate is their best, and `moving`,
+        those that go on to another iterate.
+        """
+        status, _, held, best, limit, tolerance, steps = self.data.numpy()
+        running = status == RUNNING
+        counted = running & np.isfinite(residual_sq) & np.isfinite(value_sq)
+        if over_batch:  # one norm for all; a sample that is not finite must not spoil it
+            residual_sq = np.broadcast_to(residual_sq[counted].sum(), counted.shape)
+            value_sq = np.broadcast_to(value_sq[counted].sum(), counted.shape)
+
+        with np.errstate(all="ignore"):
+            norm, scale = np.sqrt(residual_sq), np.sqrt(value_sq)
+            residual = np.where(norm == 0, 0, norm / scale) if relative else norm
+            if step == 0:
+                limit[:] = DIVERGENCE * (norm + scale)
+            improved = counted & (residual < best)
+            converged = counted & (residual <= tolerance)
+            diverged = counted & ~converged & (norm > limit)
+
+        np.copyto(held, residual, where=counted)
+        np.copyto(best, residual, where=improved)
+        steps += running
+        status[converged] = Status.CONVERGED
+        status[diverged] = Status.DIVERGED
+        status[running & ~counted] = Status.NONFINITE
+        return improved, counted & ~converged & ~diverged

@@ -1,0 +1,87 @@
+"""Anderson and Picard. Picard is Anderson without history, and runs on the same kernels."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..checks import check_choice, check_count, check_number
+from ..ops.anderson import AndersonState, anderson_advance, anderson_residual, anderson_start
+from .stopping import Stopping
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson mixing: `x⁺ = Σ α_i (x_i + β G_i)`, the α minimising `‖Σ α_i G_i‖² + ridge`, `Σ α_i = 1`.
+
+    Walker & Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.2. A sample whose α are not finite or are huge takes
+    a plain step and starts its history anew.
+
+    Attributes:
+        history: m, how many iterates take part; memory is 2m states.
+        mixing: β in (0, 1], the weight of f(x) against x in each of them.
+        ridge: λ ≥ 0, the damping of α. The default is a little above the rounding of a float32 Gram matrix.
+        ridge_scale: "relative": the penalty is `λ Σ ‖G_i‖² α_i²`, which has no units; "absolute": `λ Σ α_i²`.
+
+    Raises:
+        TypeError, ValueError: a field outside its range.
+    """
+
+    history: int = 6
+    mixing: float = 1.0
+    ridge: float = 1e-6
+    ridge_scale: str = "relative"
+
+    def __post_init__(self):
+        check_count("history", self.history)
+        check_number("mixing", self.mixing, 0, 1, open_low=True)
+        check_number("ridge", self.ridge, 0)
+        check_choice("ridge_scale", self.ridge_scale, ("relative", "absolute"))
+
+    def start(self, x: Tensor, stopping: Stopping, backend: str) -> AndersonState:
+        return anderson_start(x, self.history, stopping.tol, stopping.max_steps, backend)
+
+    def step(
+        self, state: AndersonState, fx: Tensor, step: int, stopping: Stopping, backend: str
+    ) -> bool | Tensor:
+        """Take in f(x), decide who stops, write the next x. Returns whether any sample goes on."""
+        anderson_residual(state, fx, step, float(self.mixing), backend)
+        return anderson_advance(
+            state,
+            step,
+            relative=stopping.residual == "relative",
+            over_batch=stopping.norm_over == "batch",
+            ridge=float(self.ridge),
+            relative_ridge=self.ridge_scale == "relative",
+            last=step + 1 == stopping.max_steps,
+            backend=backend,
+        )
+
+
+@dataclass(frozen=True)
+class Picard:
+    """Plain iteration `x⁺ = x + β (f(x) − x)`.
+
+    Attributes:
+        mixing: β in (0, 1]; 1 is the undamped `x⁺ = f(x)`.
+
+    Raises:
+        TypeError, ValueError: mixing outside its range.
+    """
+
+    mixing: float = 1.0
+
+    def __post_init__(self):
+        check_number("mixing", self.mixing, 0, 1, open_low=True)
+
+    @property
+    def as_anderson(self) -> Anderson:
+        """The same iteration as an Anderson record."""
+        return Anderson(history=1, mixing=self.mixing)
+
+    def start(self, x: Tensor, stopping: Stopping, backend: str) -> AndersonState:
+        return self.as_anderson.start(x, stopping, backend)
+
+    def step(
+        self, state: AndersonState, fx: Tensor, step: int, stopping: Stopping, backend: str
+    ) -> bool | Tensor:
+        return self.as_anderson.step(state, fx, step, stopping, backend)

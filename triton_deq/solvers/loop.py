@@ -1,0 +1,146 @@
+"""The one loop that all solvers run in."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import backend as backends
+from ..checks import check_state, check_value
+from ..reference.record import Record
+from ..status import Status
+from .anderson import Anderson
+from .solution import NotConverged, Solution
+from .stopping import Lookout, Stopping
+
+
+class Solver(Protocol):
+    """What the loop asks of a solver: a record of numbers that can start a state and take a step."""
+
+    def start(self, x: Tensor, stopping: Stopping, backend: str) -> Any: ...
+
+    def step(self, state: Any, fx: Tensor, step: int, stopping: Stopping, backend: str) -> bool | Tensor: ...
+
+
+@torch.no_grad()
+def solve(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    solver: Solver | None = None,
+    *,
+    tol: float = 1e-3,
+    max_steps: int = 30,
+    residual: str = "relative",
+    norm_over: str = "sample",
+    throw: bool = False,
+    trace: bool = False,
+    backend: str = "auto",
+) -> Solution:
+    """Find z with `f(z) = z` for each sample of a batch, without gradients.
+
+    A sample stops by itself: at its tolerance, at a value that is not finite, or when it diverges. From
+    then on it does not change. f is called on the solver's own buffer: it may not modify z, and must clone
+    what it wants to keep of it.
+
+    Args:
+        f: from a state to a tensor of the same shape, dtype and device. What it raises passes through.
+        z0: `[B, ...]`, real floating, any strides; not modified. B may be 0.
+        solver: `Anderson()` if not given, or `Picard()`.
+        tol: the residual at which a sample has converged; 0 takes all of max_steps.
+        max_steps: the most evaluations of f.
+        residual: "relative", `‖f(z) − z‖ / ‖f(z)‖` (Bai et al., arXiv 2106.14342, section 3), or
+            "absolute", `‖f(z) − z‖`.
+        norm_over: "sample", or "batch": one norm over all samples, which then stop together.
+        throw: raise `NotConverged` where a sample did not reach the tolerance.
+        trace: keep each evaluation's residuals in `Solution.trace`.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        A `Solution` with each sample's best finite iterate and how it ended.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+        NotConverged: with `throw=True`.
+    """
+    check_state("z0", z0)
+    solver = check_solver("solver", Anderson() if solver is None else solver)
+    stopping = Stopping(tol, max_steps, residual, norm_over)
+    name, _ = backends.choose(z0, backend)
+    if z0.numel() == 0:
+        return empty_solution(z0, trace)
+
+    layout = Layout(z0)
+    state = solver.start(layout.rows(z0.detach()), stopping, name)
+    z = layout.unrows(state.x)
+    residuals: list[Tensor] = []
+    lookout = Lookout()
+    nfe = 0
+    for step in range(max_steps):
+        value = f(z)
+        check_value(value, z)
+        nfe += 1
+        active = solver.step(state, layout.rows(value), step, stopping, name)
+        if trace:
+            residuals.append(state.record.residual.clone())
+        if lookout.done(active):
+            break
+
+    return finish(layout.unrows(state.best), state.record, nfe, residuals if trace else None, throw)
+
+
+def finish(value: Tensor, record: Record, nfe: int, traced: list[Tensor] | None, throw: bool) -> Solution:
+    """The solution that a record tells of."""
+    at = value.device
+    solution = Solution(
+        value=value,
+        residual=record.best.to(at, copy=True),
+        steps=record.steps.to(at, torch.int32),
+        status=record.status.to(at, torch.int8),
+        nfe=nfe,
+        trace=None if traced is None else torch.stack(traced).to(at),
+    )
+    if throw and not solution.converged.all():
+        raise NotConverged(solution)
+    return solution
+
+
+class Layout:
+    """Sees a state `[B, ...]` as rows `[B, N]` in the order in which it lies in memory.
+
+    So a channels-last image stays channels-last, and neither f's input nor (if f keeps the layout) its
+    output is ever copied.
+    """
+
+    def __init__(self, z: Tensor):
+        inner = sorted(range(1, z.dim()), key=lambda dim: z.stride(dim), reverse=True)
+        self._order = [0, *inner]
+        self._shape = [z.shape[dim] for dim in self._order]
+        self._back = sorted(range(z.dim()), key=self._order.__getitem__)
+
+    def rows(self, z: Tensor) -> Tensor:
+        """`[B, N]`; a view where z has this layout already."""
+        return z.permute(self._order).reshape(self._shape[0], -1)
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """The state again, as a view."""
+        return rows.view(self._shape).permute(self._back)
+
+
+def check_solver(name: str, solver: Any) -> Solver:
+    if isinstance(solver, type) or not (hasattr(solver, "start") and hasattr(solver, "step")):
+        raise TypeError(f"{name}={solver!r} is not a solver: pass an instance such as td.Anderson(history=6)")
+    return solver
+
+
+def empty_solution(z0: Tensor, trace: bool) -> Solution:
+    """No entries, nothing to solve: f is not called."""
+    batch = z0.shape[0]
+    return Solution(
+        value=z0.detach().clone(),
+        residual=torch.zeros(batch, dtype=torch.float64, device=z0.device),
+        steps=torch.zeros(batch, dtype=torch.int32, device=z0.device),
+        status=torch.full((batch,), Status.CONVERGED, dtype=torch.int8, device=z0.device),
+        nfe=0,
+        trace=torch.empty(0, batch, dtype=torch.float64, device=z0.device) if trace else None,
+    )

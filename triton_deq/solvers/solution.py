@@ -1,0 +1,66 @@
+"""What a solve gives back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..status import Status
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of `solve` for B samples.
+
+    Attributes:
+        value: shaped like z0; each sample's best finite iterate, the one with the lowest residual.
+        residual: `[B]` float64, the residual of `value` itself, as `solve` was asked to measure it
+            (relative or absolute, of the sample or of the batch). Infinite where f never gave a finite value.
+        steps: `[B]` int32, evaluations of f until the sample stopped.
+        status: `[B]` int8 holding `Status`.
+        nfe: evaluations of f in all; each one serves the whole batch.
+        trace: `[nfe, B]` float64, the residual after each evaluation (a stopped sample keeps its last),
+            or None if it was not asked for.
+    """
+
+    value: Tensor
+    residual: Tensor
+    steps: Tensor
+    status: Tensor
+    nfe: int
+    trace: Tensor | None = None
+
+    @property
+    def converged(self) -> Tensor:
+        """`[B]` bool: which samples reached the tolerance."""
+        return self.status == Status.CONVERGED
+
+    def counts(self) -> dict[Status, int]:
+        """How many samples ended in which status; reads the device."""
+        held = torch.bincount(self.status.long(), minlength=len(Status)).tolist()
+        return {status: held[status] for status in Status if held[status]}
+
+    def describe(self) -> str:
+        """One line per status that occurred: how many samples, and what to do about them."""
+        return "\n".join(
+            f"{count} of {self.status.numel()} {status.name}: {status.remedy}"
+            for status, count in self.counts().items()
+        )
+
+
+class NotConverged(RuntimeError):
+    """Raised by `solve(..., throw=True)` where a sample did not reach the tolerance.
+
+    `solution` holds what there is.
+    """
+
+    def __init__(self, solution: Solution):
+        self.solution = solution
+        worst = solution.residual.max().item()
+        super().__init__(
+            f"the solve did not converge: largest residual {worst:.3g} after {solution.nfe} "
+            f"evaluations of f\n{solution.describe()}"
+        )
+
+    def __reduce__(self):
+        return NotConverged, (self.solution,)

@@ -47,7 +47,8 @@ THIRD_PARTY = {
     "ops": RUNTIME | {"triton"},
     "verification": RUNTIME | {"triton"},
     "inspection": RUNTIME | {"triton"},
-    "demo": RUNTIME | {"sklearn", "matplotlib", "rich", "torchdeq"},
+    "data": RUNTIME | {"sklearn"},
+    "demo": RUNTIME | {"matplotlib", "rich", "torchdeq"},
     "compat": RUNTIME | {"torchdeq"},
 }
 
@@ -175,6 +176,19 @@ def test_one_op_has_one_name_everywhere() -> None:
         if op not in there
     ]
     assert not missing, "\n".join(["a module that is no op belongs in HELPERS", *missing])
+
+
+def test_every_kernel_has_a_benchmark() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the catalog needs triton")
+    listing = run("""
+        import json
+        from triton_deq.kernels.catalog import ENTRIES
+        print(json.dumps(sorted({entry.name.split("[")[0] for entry in ENTRIES})))
+    """)
+    benchmarks = (ROOT / "bench/groups/kernels.py").read_text(encoding="utf-8")
+    missing = [kernel for kernel in json.loads(listing) if f'"{kernel}"' not in benchmarks]
+    assert not missing, f"bench/groups/kernels.py lacks {missing}"
 
 
 def names(folder: str, pattern: str = "*.py") -> set[str]:

@@ -1,4 +1,4 @@
-"""The command line: `triton-deq verify | inspect`."""
+"""The command line: `triton-deq demo | verify | inspect`."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from . import __version__
 
 COMMANDS = {
+    "demo": (".demo", "accelerate, stabilise and verify a DEQ on real data"),
     "verify": (".verification", "run every kernel against its float64 reference"),
     "inspect": (".inspection", "compile every kernel for GPUs that need not be there"),
 }

@@ -22,7 +22,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class Record:
     """One float64 row per fact, one column per sample, so that a kernel needs a single pointer.
 
-    It lies on the GPU for the kernels, and on the CPU for the reference, which decides there. `data` is `[FIELDS, B]`. The properties are views of its rows, each `[B]`:
+    It lies on the GPU for the kernels, and on the CPU for the reference, which decides there.
+    `data` is `[FIELDS, B]`. The properties are views of its rows, each `[B]`:
 
     - `status`: a `Status`; RUNNING until the sample stops
     - `count`: how many of the newest history slots the sample may use

@@ -1,0 +1,161 @@
+"""Each kernel by itself, beside what one would write in PyTorch for it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import Case, Setting, Variant, ours
+from ..roofline import DTYPES, of_kernels
+from ..timing import Call, graphed
+from .step import GPU_SHAPES, HISTORY, SHAPES
+
+GROUP = "kernels"
+RULE: dict[str, Any] = {
+    "relative": True,
+    "over_batch": False,
+    "ridge": 1e-6,
+    "relative_ridge": True,
+    "last": False,
+}
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    dtypes = [torch.float32, torch.bfloat16] if setting.gpu else [torch.float32]
+    for shape in (GPU_SHAPES if setting.gpu else SHAPES)[setting.scale]:
+        for dtype in dtypes:
+            name = DTYPES[dtype]
+            for op, kernel, call, peers in (
+                ("anderson_residual", f"[{name},m={HISTORY}]", _residual, {"torch": _residual_torch}),
+                ("anderson_advance", f"[{name},m={HISTORY}]", _advance, {"torch": _advance_torch}),
+                ("probe", f"[{name},gaussian]", _probe, {"torch": _probe_torch}),
+                ("squared_norm", f"[{name}]", _squared_norm, {"torch": _squared_norm_torch}),
+            ):
+                variants = _variants(setting, shape, dtype, call, peers)
+                work = of_kernels([op + kernel], *shape)
+                yield Case(GROUP, op, "forward", dtype, shape, tuple(variants), work=work)
+
+
+def _variants(
+    setting: Setting,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    call: Callable[..., Call],
+    peers: dict[str, Callable[..., Call]],
+) -> Iterator[Variant]:
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, device=setting.device).to(dtype)
+
+    for name, backend in ours(setting):
+        yield Variant(name, partial(call, randn, *shape, backend), backend)
+    for name, peer in peers.items():
+        yield Variant(name, partial(peer, randn, *shape))
+        if setting.compiled != "no":
+            prepare = partial(_compiled, peer, randn, *shape)
+            yield Variant(f"{name} compiled", prepare, "inductor", compiles=True)
+    if setting.gpu:
+        prepare = partial(_graphed, setting, call, randn, *shape)
+        yield Variant("triton-deq graph", prepare, "cuda graph")
+
+
+def _compiled(peer: Callable[..., Call], *arguments: Any) -> Call:
+    return torch.compile(peer(*arguments))
+
+
+def _graphed(setting: Setting, call: Callable[..., Call], *arguments: Any) -> Call:
+    return graphed(call(*arguments, "triton"), setting.watch)
+
+
+def _full_state(randn: Callable[..., Tensor], batch: int, entries: int, backend: str) -> tuple[Any, int]:
+    """An Anderson state whose history is full, and the step it is at."""
+    from triton_deq.ops.anderson import anderson_advance, anderson_residual, anderson_start
+
+    state = anderson_start(randn(batch, entries), HISTORY, 0.0, HISTORY + 2, backend)
+    for step in range(HISTORY):
+        anderson_residual(state, randn(batch, entries), step, 1.0, backend)
+        anderson_advance(state, step, **RULE, backend=backend)
+    return state, HISTORY
+
+
+def _residual(randn, batch: int, entries: int, backend: str) -> Call:
+    from triton_deq.ops.anderson import anderson_residual
+
+    state, step = _full_state(randn, batch, entries, backend)
+    fx = randn(batch, entries)
+    return lambda: anderson_residual(state, fx, step, 1.0, backend)
+
+
+def _residual_torch(randn, batch: int, entries: int) -> Call:
+    x, fx = randn(batch, entries), randn(batch, entries)
+    residuals, iterates = randn(HISTORY, batch, entries), randn(HISTORY, batch, entries)
+
+    def call() -> tuple[Tensor, Tensor]:
+        residuals[0] = fx - x
+        iterates[0] = fx
+        return torch.einsum("bn,mbn->bm", residuals[0], residuals), fx.square().sum(1)
+
+    return call
+
+
+def _advance(randn, batch: int, entries: int, backend: str) -> Call:
+    """Each call finds a residual that is better than the best so far, so it copies x to `best`."""
+    from triton_deq.ops.anderson import anderson_advance, anderson_residual
+    from triton_deq.reference.record import BEST
+
+    state, step = _full_state(randn, batch, entries, backend)
+    state.record.best.fill_(torch.inf)
+    anderson_residual(state, randn(batch, entries), step, 1.0, backend)
+    best = state.record.data[BEST] if backend == "reference" else state.before[BEST]
+
+    def call() -> None:
+        if backend == "reference":  # it keeps its best in the record at once
+            best.fill_(torch.inf)
+        anderson_advance(state, step, **RULE, backend=backend)
+
+    return call
+
+
+def _advance_torch(randn, batch: int, entries: int) -> Call:
+    x, iterates = randn(batch, entries), randn(HISTORY, batch, entries)
+    best = torch.empty_like(x)
+    gram = randn(HISTORY, batch, entries).float().transpose(0, 1)
+    gram = torch.bmm(gram, gram.mT)
+    ones = gram.new_ones(batch, HISTORY, 1)
+    lowest = gram.new_full((batch,), torch.inf)
+
+    def call() -> Tensor:
+        improved = gram[:, 0, 0] < lowest
+        best.copy_(torch.where(improved[:, None], x, best))
+        weights = torch.linalg.solve_ex(gram, ones)[0]
+        weights = weights / weights.sum(1, keepdim=True)
+        x.copy_(torch.einsum("bm,mbn->bn", weights[..., 0].to(x.dtype), iterates))
+        return improved.any()
+
+    return call
+
+
+def _probe(randn, batch: int, entries: int, backend: str) -> Call:
+    from triton_deq.ops.jacobian import probe
+
+    like = randn(batch, entries)
+    seed = torch.tensor([7], device=like.device)
+    return lambda: probe(like, seed, 0, "gaussian", backend)
+
+
+def _probe_torch(randn, batch: int, entries: int) -> Call:
+    like = randn(batch, entries)
+    return lambda: torch.randn_like(like)
+
+
+def _squared_norm(randn, batch: int, entries: int, backend: str) -> Call:
+    from triton_deq.ops.jacobian import squared_norm
+
+    value = randn(batch, entries)
+    return lambda: squared_norm(value, backend)
+
+
+def _squared_norm_torch(randn, batch: int, entries: int) -> Call:
+    value = randn(batch, entries)
+    return lambda: value.float().square().sum(1)

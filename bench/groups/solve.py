@@ -1,0 +1,69 @@
+"""Whole solves to the same residual: each variant evaluates f as often as it needs, and no more."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+import triton_deq as td
+
+from ..cases import Case, Setting, Solved, Variant, ours
+from ..peers import PEERS, Peer, Solve, steps_to
+from ..peers.jaxopt import jaxopt_variant
+from ..problems import Problem, make
+from ..timing import Call
+from .step import HISTORY, compiled, loaded, peer_call
+
+GROUP = "solve"
+TOLERANCES = (1e-3, 1e-5)
+SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "tiny": [("dense", (2, 64))],
+    "quick": [("dense", (32, 512))],
+    "full": [("dense", (32, 256)), ("dense", (128, 1024)), ("convolution", (4, 32, 32, 32))],
+}
+GPU_SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "tiny": SIZES["tiny"],
+    "quick": [("dense", (128, 1024)), ("convolution", (32, 64, 32, 32))],
+    "full": [
+        ("dense", (128, 256)),
+        ("dense", (128, 1024)),
+        ("dense", (1024, 2048)),
+        ("convolution", (32, 64, 32, 32)),
+        ("convolution", (32, 128, 56, 56)),
+    ],
+}
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    for kind, shape in (GPU_SIZES if setting.gpu else SIZES)[setting.scale]:
+        for tol in TOLERANCES[:1] if setting.scale == "tiny" else TOLERANCES:
+            yield _case(setting, kind, shape, tol)
+
+
+def _case(setting: Setting, kind: str, shape: tuple[int, ...], tol: float) -> Case:
+    problem = make(kind, shape, setting.device, seed=setting.seed)
+    variants = [
+        Variant(name, partial(_ours, problem, tol, backend), backend) for name, backend in ours(setting)
+    ]
+    for peer in PEERS:
+        call = partial(_peer, peer, problem, tol)
+        variants.append(Variant(peer.name, partial(loaded, call, peer.load)))
+        if setting.gpu or tol == TOLERANCES[-1]:  # compiling takes minutes of a CPU
+            variants += compiled(setting, peer, call)
+    variants.append(jaxopt_variant(problem, tol, HISTORY))
+    return Case(GROUP, f"{kind} to {tol:g}", "forward", torch.float32, shape, tuple(variants), problem)
+
+
+@torch.no_grad()
+def _peer(peer: Peer, problem: Problem, tol: float, solve: Solve) -> Call:
+    """`solve` is the peer's, eager or compiled; how many steps it needs, the eager one tells."""
+    return peer_call(problem, steps_to(peer.load(), problem.f, problem.z0, tol), solve)
+
+
+def _ours(problem: Problem, tol: float, backend: str) -> Call:
+    def call() -> Solved:
+        solver = td.Anderson(history=HISTORY)
+        solution = td.solve(problem.f, problem.z0, solver, tol=tol, max_steps=60, backend=backend)
+        return Solved(solution.value, solution.nfe)
+
+    return call

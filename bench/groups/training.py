@@ -1,0 +1,99 @@
+"""A training step of a DEQ: a forward and a backward solve of a fixed number of steps, and the gradient."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import triton_deq as td
+
+from ..cases import Case, Setting, Solved, Variant, ours
+from ..problems import Function, Problem, make
+from ..timing import Call
+
+GROUP = "training"
+STEPS = 10
+SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "tiny": [("dense", (2, 64))],
+    "quick": [("dense", (128, 512))],
+    "full": [("dense", (128, 512)), ("dense", (32, 2048)), ("convolution", (4, 32, 32, 32))],
+}
+GPU_SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "tiny": SIZES["tiny"],
+    "quick": [("dense", (128, 1024)), ("convolution", (32, 64, 32, 32))],
+    "full": [("dense", (128, 1024)), ("dense", (1024, 2048)), ("convolution", (32, 128, 56, 56))],
+}
+
+Layer = Callable[[Function, Tensor], Tensor]
+"""From f and z0 to the fixed point with its implicit gradient."""
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    for kind, shape in (GPU_SIZES if setting.gpu else SIZES)[setting.scale]:
+        problem = make(kind, shape, setting.device, seed=setting.seed, grad=True)
+        steps = 4 if setting.scale == "tiny" else STEPS
+        variants = tuple(_variants(setting, problem, steps))
+        yield Case(GROUP, kind, "full", torch.float32, shape, variants, problem)
+
+
+def _variants(setting: Setting, problem: Problem, steps: int) -> Iterator[Variant]:
+    """Each layer with f as it is, and with f compiled: a solver's user can always compile f."""
+    layers: list[tuple[str, str, Callable[[], Layer]]] = [
+        *((name, backend, partial(_ours, steps, backend)) for name, backend in ours(setting)),
+        ("textbook", "pytorch", partial(_textbook, steps)),
+        ("torchdeq", "pytorch", partial(_torchdeq, steps)),
+    ]
+    for name, backend, load in layers:
+        yield Variant(name, partial(_call, problem, load, steps), backend)
+        if setting.compiled != "no":
+            prepare = partial(_call, problem, load, steps, True)
+            yield Variant(f"{name} f compiled", prepare, backend, compiles=True)
+
+
+def _call(problem: Problem, load: Callable[[], Layer], steps: int, compiled: bool = False) -> Call:
+    layer, f = load(), torch.compile(problem.f) if compiled else problem.f
+
+    def call() -> Solved:
+        z = layer(f, problem.z0)
+        torch.autograd.grad(z.square().mean(), problem.parameters)
+        return Solved(z.detach(), steps)
+
+    return call
+
+
+def _ours(steps: int, backend: str) -> Layer:
+    gradient = td.ImplicitGradient(tol=0, max_steps=steps)
+    return lambda f, z0: td.fixed_point(f, z0, tol=0, max_steps=steps, gradient=gradient, backend=backend)
+
+
+def _textbook(steps: int) -> Layer:
+    """The hook of triton_deq.demo.textbook.DEQLayer, for any f."""
+    from triton_deq.demo.textbook import anderson
+
+    def layer(f: Function, z0: Tensor) -> Tensor:
+        with torch.no_grad():
+            z, _ = anderson(f, z0, tol=0.0, max_steps=steps)
+        z = f(z)
+        at = z.detach().requires_grad_()
+        value = f(at)
+
+        def hook(grad: Tensor) -> Tensor:
+            def adjoint(u: Tensor) -> Tensor:
+                return torch.autograd.grad(value, at, u, retain_graph=True)[0] + grad
+
+            return anderson(adjoint, grad, tol=0.0, max_steps=steps)[0]
+
+        z.register_hook(hook)
+        return z
+
+    return layer
+
+
+def _torchdeq(steps: int) -> Layer:
+    from torchdeq import get_deq
+
+    solver = {"f_solver": "anderson", "b_solver": "anderson", "f_stop_mode": "rel", "b_stop_mode": "rel"}
+    deq = get_deq(**solver, f_max_iter=steps, b_max_iter=steps, f_tol=0.0, b_tol=0.0, ift=True)
+    deq.train()
+    return lambda f, z0: deq(f, z0)[0][-1]

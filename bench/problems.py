@@ -1,0 +1,89 @@
+"""Fixed-point problems with a known gain: what every variant of a case solves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`f(z) = tanh(A z + b)` from z0 = 0, A a linear map of norm at most its gain, so f contracts.
+
+    kind: how A acts: "pointwise" (a weight per entry), "dense" (a matrix), "convolution" (3×3, same size).
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor
+
+    def f(self, z: Tensor) -> Tensor:
+        if self.kind == "pointwise":
+            return torch.tanh(self.weight * z + self.bias)
+        if self.kind == "dense":
+            return torch.tanh(functional.linear(z, self.weight) + self.bias)
+        return torch.tanh(functional.conv2d(z, self.weight, padding=1) + self.bias)
+
+    @property
+    def z0(self) -> Tensor:
+        return torch.zeros_like(self.bias)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight, self.bias]
+
+    def residual(self, z: Tensor) -> float:
+        """The worst sample's `‖f(z) − z‖ / ‖f(z)‖`, the norms in float64."""
+        with torch.no_grad():
+            value = self.f(z).double().flatten(1)
+        return ((value - z.double().flatten(1)).norm(dim=1) / value.norm(dim=1)).max().item()
+
+
+def make(
+    kind: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    gain: float = 0.95,
+    grad: bool = False,
+) -> Problem:
+    """A random problem of this shape, `[B, N]`, or `[B, C, H, W]` for a convolution.
+
+    grad: whether its parameters require gradients.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    bias = 0.5 * randn(*shape)
+    if kind == "pointwise":
+        weight = gain * torch.rand(shape[1], generator=generator)
+    elif kind == "dense":
+        weight = randn(shape[1], shape[1])
+        weight *= gain / _norm(lambda z: z @ weight.T, lambda z: z @ weight, randn(1, shape[1]))
+    elif kind == "convolution":
+        channels = shape[1]
+        weight = randn(channels, channels, 3, 3)
+        weight *= gain / _norm(
+            lambda z: functional.conv2d(z, weight, padding=1),
+            lambda z: functional.conv_transpose2d(z, weight, padding=1),
+            randn(1, *shape[1:]),
+        )
+    else:
+        raise ValueError(f"kind={kind!r} is unknown: choose 'pointwise', 'dense' or 'convolution'")
+    weight, bias = (tensor.to(device, dtype).requires_grad_(grad) for tensor in (weight, bias))
+    return Problem(kind, weight, bias)
+
+
+def _norm(linear: Function, transposed: Function, z: Tensor, steps: int = 30) -> float:
+    """The spectral norm by power iteration, which comes from below: close enough for a gain."""
+    for _ in range(steps):
+        z = transposed(linear(z))
+        z = z / z.norm()
+    return linear(z).norm().item()

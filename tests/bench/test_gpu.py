@@ -1,0 +1,88 @@
+"""`python -m bench gpu`, rehearsed with Triton's interpreter standing in for the GPU."""
+
+import json
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.rows import read, write
+from bench.sections import SECTIONS, find_sanitizer
+from tests.bench.test_report import step_rows
+
+rehearsal = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to do it for real")
+
+
+def test_an_unknown_section_lists_the_sections(tmp_path, capsys):
+    assert gpu.main(1, tmp_path, ["speed"]) == 2
+    assert f"choose from {', '.join(SECTIONS)}" in capsys.readouterr().err
+
+
+@rehearsal
+@pytest.mark.kernels
+def test_sections_leave_their_files(tmp_path, capsys):
+    for each in step_rows(group="penalty", op="dense", shape=(2, 64), steps=None):
+        write(tmp_path / "rows.jsonl", each)
+    assert gpu.main(1.5, tmp_path, ["verify", "memcheck", "profile"]) == 0
+    assert all(row["passed"] for row in json.loads((tmp_path / "verify.json").read_text()))
+    assert (tmp_path / "memcheck.txt").read_text().startswith("skipped: ")
+    assert "Self CPU" in (tmp_path / "profile.txt").read_text()
+    assert "verify     done" in (tmp_path / "summary.txt").read_text()
+    out = capsys.readouterr().out
+    assert "penalty dense forward 2x64 float32" in out
+    assert not (tmp_path / "failures.txt").exists()
+
+
+@rehearsal
+@pytest.mark.kernels
+def test_rows_are_on_disk_when_a_section_ends(tmp_path):
+    outcome = gpu.run_section("models", tmp_path, 60, "tiny")
+    assert outcome == "done", (tmp_path / "log.txt").read_text()
+    assert {row.group for row in read([tmp_path / "rows.jsonl"])} == {"kernels", "penalty", "training"}
+
+
+def test_a_section_that_fails_leaves_its_traceback(tmp_path):
+    assert gpu.run_section("fail", tmp_path, 30, "tiny", "tests.bench.broken") == "failed (1)"
+    said = (tmp_path / "failures.txt").read_text()
+    assert "Traceback" in said
+    assert "RuntimeError: the section broke" in said
+
+
+def test_the_rest_still_runs(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(
+        gpu, "run_section", lambda name, *rest: (ran.append(name), "failed (1)" if not ran[1:] else "done")[1]
+    )
+    assert gpu.main(9, tmp_path, None) == 1
+    assert ran == list(SECTIONS)
+    assert "verify     failed (1)" in (tmp_path / "summary.txt").read_text()
+
+
+def test_time_is_shared_out(tmp_path, monkeypatch):
+    """Sections that take no time leave theirs to the others, and none gets more than there is."""
+    given = []
+    monkeypatch.setattr(
+        gpu, "run_section", lambda name, output, seconds, scale: given.append(seconds) or "done"
+    )
+    gpu.main(9, tmp_path, None)
+    assert len(given) == len(SECTIONS)
+    assert given[0] == pytest.approx(90, rel=0.1)
+    assert given[-1] == pytest.approx(60 * 9 - gpu.RESERVE, rel=0.1)
+
+
+def test_without_time_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_section", lambda *rest: pytest.fail("a section began"))
+    gpu.main(0.05, tmp_path, ["verify"])
+    assert "no time left" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_section_that_hangs_is_ended(tmp_path):
+    assert gpu.run_section("hang", tmp_path, 0.5, "tiny", "tests.bench.broken") == "out of time"
+
+
+def test_the_sanitizer_is_found_on_the_path(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_sanitizer() == str(program)

@@ -1,0 +1,62 @@
+"""The peers solve what they are given, and stop as early as they can."""
+
+import pytest
+import torch
+
+from bench.peers import PEERS, steps_to
+from bench.peers.textbook import _mix, _residual, masked_anderson
+from bench.problems import make
+from triton_deq.demo.textbook import anderson
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "dense", "convolution"])
+def test_problems_contract(kind):
+    shape = (2, 4, 6, 6) if kind == "convolution" else (3, 32)
+    problem = make(kind, shape, CPU, torch.float64, gain=0.8)
+    a, b = torch.randn(2, *shape, dtype=torch.float64)
+    assert (problem.f(a) - problem.f(b)).norm() <= 0.85 * (a - b).norm()
+
+
+def test_an_unknown_kind_lists_the_kinds():
+    with pytest.raises(ValueError, match="'pointwise', 'dense' or 'convolution'"):
+        make("sparse", (2, 2), CPU)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_peers_take_the_steps_they_are_told_and_get_there(peer):
+    if peer.name.startswith("torchdeq"):
+        pytest.importorskip("torchdeq")
+    problem = make("dense", (3, 32), CPU, torch.float32, gain=0.8)
+    calls = []
+
+    def f(z):
+        calls.append(1)
+        return problem.f(z)
+
+    value = peer.load()(f, problem.z0, 15)
+    assert len(calls) == 15
+    assert problem.residual(value) < 1e-3
+
+
+def test_the_masked_form_is_the_textbook():
+    problem = make("dense", (3, 32), CPU, torch.float64, gain=0.9)
+    masked = masked_anderson(problem.f, problem.z0, 12, _mix, _residual)
+    plain, steps = anderson(problem.f, problem.z0, tol=0.0, max_steps=12)
+    assert steps == 12
+    torch.testing.assert_close(masked, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_steps_to_is_the_first_step_that_suffices():
+    problem = make("dense", (3, 32), CPU, torch.float64, gain=0.8)
+    solve = PEERS[0].load()
+    steps = steps_to(solve, problem.f, problem.z0, 1e-3)
+    assert problem.residual(solve(problem.f, problem.z0, steps)) <= 1e-3
+    assert problem.residual(solve(problem.f, problem.z0, steps - 1)) > 1e-3
+
+
+def test_a_peer_that_does_not_get_there_says_so():
+    problem = make("dense", (3, 32), CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="does not reach a residual of 1e-30 in 12"):
+        steps_to(PEERS[0].load(), problem.f, problem.z0, 1e-30, most=12)

@@ -15,7 +15,7 @@ from .roofline import least_ms
 from .rows import Row
 from .timing import interleave, quantiles
 
-ROUNDS = {"tiny": (0.0, 1), "quick": (0.5, 5), "full": (2.0, 5)}
+ROUNDS = {"tiny": (0.0, 1), "quick": (0.5, 5), "full": (2.0, 9)}
 """How many seconds the variants of a case take turns, and the least number of rounds."""
 
 

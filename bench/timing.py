@@ -5,6 +5,7 @@ them, and it knows no device: neither CUDA events nor a cold cache. Hence this m
 """
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,20 +57,23 @@ class Stopwatch:
 def interleave(
     calls: Mapping[str, Call], watch: Stopwatch, seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
-    """Times of each call in milliseconds, in rounds that start with another variant each time.
+    """Times of each call in milliseconds, in rounds, each in an order of its own.
 
+    In a fixed order a variant would always find the caches and the threads of the same predecessor.
     At least `least` rounds, or three if they take ten times as long; then as many as fit into `seconds`.
     """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:  # warm
         calls[name]()
+    shuffle = random.Random(0)
     start = time.perf_counter()
     gc.collect()
     gc.disable()  # a collection in the middle would be charged to whoever is running
     try:
         for turn in range(MOST_ROUNDS):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            shuffle.shuffle(names)
+            for name in names:
                 times[name].append(watch.time(calls[name]))
             elapsed = time.perf_counter() - start
             if elapsed > seconds and (turn + 1 >= least or (turn + 1 >= 3 and elapsed > 10 * seconds)):

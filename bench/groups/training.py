@@ -46,7 +46,8 @@ def _variants(setting: Setting, problem: Problem, steps: int) -> Iterator[Varian
     ]
     for name, backend, load in layers:
         yield Variant(name, partial(_call, problem, load, steps), backend)
-        if setting.compiled != "no":
+        # Compiling takes long on a CPU, and loses there: one size shows it.
+        if setting.compiled != "no" and (setting.gpu or problem.kind == "convolution"):
             prepare = partial(_call, problem, load, steps, True)
             yield Variant(f"{name} f compiled", prepare, backend, compiles=True)
 

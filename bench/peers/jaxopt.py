@@ -1,5 +1,6 @@
 """jaxopt's Anderson, jitted, where it is installed."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,10 @@ def jaxopt_variant(problem: Problem, tol: float, history: int) -> Variant:
 
 
 def _prepare(problem: Problem, tol: float, history: int) -> Call:
+    # Read when jax makes its pool of threads: as many as PyTorch has.
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
+    if torch.get_num_threads() == 1:
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     import jax
     import jax.numpy as jnp
     import jaxopt

@@ -5,12 +5,14 @@ that the demo needs; `run` does.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 from ..checks import parse_count
 
-EXTRAS = ("sklearn", "matplotlib", "rich")
+EXTRAS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "rich": "rich"}
+"""Packages of the extra `demo`, and the modules they are imported as."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole demo. Returns 0 if the solvers agree and every kernel is within its bounds, else 1."""
-    try:
-        from .show import demo
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in EXTRAS:
-            raise
-        print(f"triton-deq demo needs {error.name}: pip install 'triton-deq[demo]'", file=sys.stderr)
+    missing = [package for package, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"triton-deq demo needs {', '.join(missing)}: pip install 'triton-deq[demo]'", file=sys.stderr)
         return 2
+    from .show import demo
+
     return demo(quick=arguments.quick, seed=arguments.seed, output=arguments.output)
 
 

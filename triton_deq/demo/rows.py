@@ -77,13 +77,17 @@ def _device_name(device: str) -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package stands in; an installed package has none."""
+    """Of the checkout that this package stands in, "-dirty" if changed; an installed package has none."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -55,7 +55,7 @@ class Model:
 MODELS = (
     Model("conv 16×8×8", 16, 1, False, 9),
     Model("conv 64×8×8", 64, 1, False, 4),
-    Model("separable 64×16×16", 64, 2, True, 3),
+    Model("separable 32×16×16", 32, 2, True, 4),
 )
 QUICK_MODELS = (Model("conv 16×8×8", 16, 1, False, 3),)
 SIZES = ((32, 64), (32, 256), (32, 1024), (32, 4096), (32, 16384))

@@ -63,7 +63,7 @@ def anderson_residual_kernel(
 
     if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
         lanes = tl.arange(0, LANES)
-        dots = tl.zeros([LANES], dtype=WIDE)
+        dots = tl.zeros([LANES], dtype=tl.float64)
         row = sample.to(tl.int64) * N
         ring = B.to(tl.int64) * N
         begin = part * chunk
@@ -77,12 +77,14 @@ def anderson_residual_kernel(
             tl.store(residuals_ptr + slot * ring + row + columns, residual, mask=inside)
             tl.store(iterates_ptr + slot * ring + row + columns, x + MIXING * (fx - x), mask=inside)
 
-            dots += tl.where(lanes == HISTORY, tl.sum(fx * fx, axis=0), 0)
+            # In float64, which neither overflows nor underflows for squares of any float32.
+            exact = residual.to(tl.float64)
+            dots += tl.where(lanes == HISTORY, tl.sum(fx.to(tl.float64) * fx.to(tl.float64), axis=0), 0)
             for j in tl.static_range(HISTORY):
                 older = tl.where((j < filled) & (j != slot), inside, False)
                 other = tl.load(residuals_ptr + j * ring + row + columns, mask=older, other=0).to(WIDE)
                 other = tl.where(j == slot, residual, other)
-                dots += tl.where(lanes == j, tl.sum(residual * other, axis=0), 0)
+                dots += tl.where(lanes == j, tl.sum(exact * other.to(tl.float64), axis=0), 0)
         tl.store(dots_ptr + (sample * parts + part) * LANES + lanes, dots)
 
 
@@ -92,7 +94,7 @@ def sample_sums(dots_ptr, sample, parts, lanes, LANES: tl.constexpr, PARTS: tl.c
     index = tl.arange(0, PARTS)
     offsets = (sample * parts + index)[:, None] * LANES + lanes[None, :]
     partial = tl.load(dots_ptr + offsets, mask=(index < parts)[:, None], other=0)
-    return tl.sum(partial.to(tl.float64), axis=0)
+    return tl.sum(partial, axis=0)
 
 
 @triton.jit
@@ -107,8 +109,8 @@ def batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY: tl.constexpr, LANE
         each_value = tl.zeros([128], dtype=tl.float64)
         for part in range(parts):
             offsets = (samples * parts + part) * LANES
-            each_residual += tl.load(dots_ptr + offsets + slot, mask=inside, other=0).to(tl.float64)
-            each_value += tl.load(dots_ptr + offsets + HISTORY, mask=inside, other=0).to(tl.float64)
+            each_residual += tl.load(dots_ptr + offsets + slot, mask=inside, other=0)
+            each_value += tl.load(dots_ptr + offsets + HISTORY, mask=inside, other=0)
         status = tl.load(before_ptr + STATUS * B + samples, mask=inside, other=-1)
         counted = (status == RUNNING) & is_finite(each_residual) & is_finite(each_value)
         residual_sq += tl.sum(tl.where(counted, each_residual, 0), axis=0)
@@ -185,9 +187,9 @@ def anderson_advance_kernel(
         finite = is_finite(residual_sq) & is_finite(value_sq)
         if OVER_BATCH:
             residual_sq, value_sq = batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY, LANES)
-        limit = DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq))
-        if step > 0:
-            limit = tl.load(record_ptr + LIMIT * B + sample)
+        # 0 until the first step. Whether part 0 has stored it already or not, every program gets the same.
+        limit = tl.load(record_ptr + LIMIT * B + sample)
+        limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
         best = tl.load(before_ptr + BEST * B + sample)
         tolerance = tl.load(record_ptr + TOLERANCE * B + sample)
         status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)

@@ -99,7 +99,7 @@ def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "") -> En
         shape=(rows.batch, rows.entries),
         arguments={
             **{name: Pointer(dtype) for name in ("fx_ptr", "x_ptr", "residuals_ptr", "iterates_ptr")},
-            "dots_ptr": Pointer(wide),
+            "dots_ptr": Pointer("fp64"),
             **{name: Pointer("fp64") for name in ("record_ptr", "before_ptr")},
             **_sizes(rows),
             "slot": 0,
@@ -135,7 +135,7 @@ def _advance(
         shape=(rows.batch, rows.entries),
         arguments={
             **{name: Pointer(dtype) for name in ("x_ptr", "best_ptr", "iterates_ptr")},
-            "dots_ptr": Pointer(wide),
+            "dots_ptr": Pointer("fp64"),
             **{name: Pointer("fp64") for name in ("gram_ptr", "record_ptr", "before_ptr")},
             "active_ptr": Pointer("i32"),
             **_sizes(rows),

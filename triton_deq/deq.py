@@ -37,7 +37,7 @@ class DEQ(nn.Module):
         cell: a module with `inject(x) -> u`, which is computed once, and `forward(z, u) -> z`. It may have
             `initial_state(u) -> z0`; else the solve starts from zeros like u.
         solver: `Anderson()` by default.
-        tol, max_steps, residual, norm_over: as in `solve`.
+        tol, max_steps, residual, norm_over, check_every, debug: as in `solve`.
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
         backend: "auto", "triton" or "reference".
@@ -55,6 +55,8 @@ class DEQ(nn.Module):
         max_steps: int = 30,
         residual: str = "relative",
         norm_over: str = "sample",
+        check_every: int = 1,
+        debug: bool = False,
         gradient: Gradient | None = None,
         penalty: JacobianPenalty | None = None,
         backend: str = "auto",
@@ -72,7 +74,8 @@ class DEQ(nn.Module):
         self.penalty = penalty
         self.solver = check_solver("solver", Anderson() if solver is None else solver)
         self.gradient = check_gradient(ImplicitGradient() if gradient is None else gradient)
-        self.stopping = Stopping(tol, max_steps, residual, norm_over)
+        self.stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
+        self.debug = debug
         self.backend = backend
 
     def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
@@ -93,6 +96,8 @@ class DEQ(nn.Module):
             max_steps=self.stopping.max_steps,
             residual=self.stopping.residual,
             norm_over=self.stopping.norm_over,
+            check_every=self.stopping.check_every,
+            debug=self.debug,
             gradient=self.gradient,
             backend=self.backend,
             return_solution=True,

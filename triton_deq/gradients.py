@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .checks import check_count, check_number, check_state
+from .checks import check_choice, check_count, check_number, check_state
 from .solvers import Anderson, Solution, Solver, solve
-from .solvers.loop import check_solver
+from .solvers.loop import check_solver, solve_with_adjoint
 from .solvers.stopping import Stopping
 from .solvers.unrolled import unrolled_solve
 
@@ -36,57 +36,113 @@ class ImplicitGradient:
     `dℓ/dθ = uᵀ ∂f/∂θ` at the fixed point, where `uᵀ = uᵀJ + ∂ℓ/∂z*` is itself a fixed point of one
     vector-Jacobian product (Bai et al., arXiv 1909.01377, theorem 1). The solve for u starts at ∂ℓ/∂z*
     and its residual is relative, so the scale of the loss does not matter. z0 gets no gradient.
+    `Solution.backward` tells how that solve went.
 
     Attributes:
         solver: for u; `Anderson()` by default.
         tol: relative residual at which u has converged.
         max_steps: the most vector-Jacobian products.
+        throw: raise `NotConverged` in the backward pass where u did not reach the tolerance.
+        warm_start: start at the u of the last backward pass of this record, if that had the same shape, dtype
+            and device: for batches that repeat. Give each DEQ a record of its own.
+        shine: "start" or "alone": start at, or use without a solve, the u that the forward Broyden's estimate
+            of the inverse Jacobian gives (Ramzi et al., arXiv 2106.00553, eq. 4). The forward solver must be
+            `Broyden`, whose history is then kept until the backward pass.
+
+    Raises:
+        TypeError, ValueError: a field that cannot be.
     """
 
     solver: Solver = field(default_factory=Anderson)
     tol: float = 1e-4
     max_steps: int = 30
+    throw: bool = False
+    warm_start: bool = False
+    shine: str | None = None
+    _last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         check_solver("solver", self.solver)
         Stopping(self.tol, self.max_steps)
+        if self.shine is not None:
+            check_choice("shine", self.shine, ("start", "alone"))
+            if self.warm_start:
+                raise ValueError(
+                    "warm_start=True and shine both say where the backward solve starts: pass one of them"
+                )
 
     def fixed_point(
         self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
     ) -> tuple[Tensor, Solution]:
-        solution = solve(f, z0, solver, backend=backend, **options)
+        if self.shine is None:
+            solution, estimate = solve(f, z0, solver, backend=backend, **options), None
+        else:
+            solution, estimate = solve_with_adjoint(f, z0, solver, backend=backend, **options)
         at = solution.value.detach().requires_grad_()
         value = f(at)
-        return _ImplicitFunction.apply(value, at, self, backend), solution
+        adjoint = _Adjoint(self, solution, estimate, backend)
+        return _ImplicitFunction.apply(value, at, adjoint), solution
+
+
+@dataclass(frozen=True)
+class _Adjoint:
+    """The linear system `uᵀ = uᵀJ + gᵀ` of one backward pass."""
+
+    gradient: ImplicitGradient
+    forward: Solution
+    estimate: Function | None
+    backend: str
+
+    def solve(self, product: Function, grad: Tensor) -> Tensor:
+        """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
+        gradient = self.gradient
+        start = self._start(grad)
+        if gradient.shine == "alone":
+            return start
+        solution = solve(
+            lambda u: product(u) + grad,
+            start,
+            gradient.solver,
+            tol=gradient.tol,
+            max_steps=gradient.max_steps,
+            throw=gradient.throw,
+            backend=self.backend,
+        )
+        object.__setattr__(self.forward, "backward", solution)
+        if gradient.warm_start:
+            gradient._last["u"] = solution.value
+        return solution.value
+
+    def _start(self, grad: Tensor) -> Tensor:
+        if self.estimate is not None:
+            return self.estimate(grad)
+        last = self.gradient._last.get("u")
+        alike = last is not None and (last.shape, last.dtype, last.device) == (
+            grad.shape,
+            grad.dtype,
+            grad.device,
+        )
+        return last if last is not None and alike else grad
 
 
 class _ImplicitFunction(torch.autograd.Function):
     """Forward: the fixed point `at`, as if it were `value = f(at)`. Backward: hand u to value's graph."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, at: Tensor, gradient: ImplicitGradient, backend: str) -> Tensor:
-        ctx.value, ctx.at, ctx.gradient, ctx.backend = value, at, gradient, backend
+    def forward(ctx, value: Tensor, at: Tensor, adjoint: _Adjoint) -> Tensor:
+        ctx.value, ctx.at, ctx.adjoint = value, at, adjoint
         return at.detach().clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        def adjoint(u: Tensor) -> Tensor:
-            (product,) = torch.autograd.grad(ctx.value, ctx.at, u, retain_graph=True, materialize_grads=True)
-            return product + grad
+        def product(u: Tensor) -> Tensor:
+            (result,) = torch.autograd.grad(ctx.value, ctx.at, u, retain_graph=True, materialize_grads=True)
+            return result
 
-        gradient = ctx.gradient
-        solution = solve(
-            adjoint,
-            grad,
-            gradient.solver,
-            tol=gradient.tol,
-            max_steps=gradient.max_steps,
-            backend=ctx.backend,
-        )
-        u = solution.value
+        u = ctx.adjoint.solve(product, grad)
         if torch.is_grad_enabled():  # asked for with create_graph=True
             u = _RefuseSecond.apply(u.requires_grad_())
-        return u, None, None, None
+        return u, None, None
 
 
 class _RefuseSecond(torch.autograd.Function):
@@ -158,6 +214,8 @@ def fixed_point(
     norm_over: str = "sample",
     throw: bool = False,
     trace: bool = False,
+    check_every: int = 1,
+    debug: bool = False,
     gradient: Gradient | None = None,
     backend: str = "auto",
     return_solution: bool = False,
@@ -168,7 +226,8 @@ def fixed_point(
     `Solution.nfe` says (`PhantomGradient`: `steps` times more), to record its graph.
 
     Args:
-        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, backend: as in `solve`.
+        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, check_every, debug, backend: as in
+            `solve`.
         gradient: `ImplicitGradient()` if not given, `PhantomGradient(...)` or `UnrolledGradient()`.
         return_solution: also return the `Solution`.
 
@@ -189,6 +248,8 @@ def fixed_point(
         "norm_over": norm_over,
         "throw": throw,
         "trace": trace,
+        "check_every": check_every,
+        "debug": debug,
     }
     if torch.is_grad_enabled():
         value, solution = gradient.fixed_point(f, z0, solver, backend, **options)

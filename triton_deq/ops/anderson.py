@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference import anderson as reference
 from ..reference.anderson import AndersonState
-from ..reference.record import Record, accumulate_dtype
+from ..reference.record import Record
 from .launch import launch, next_power_of_2, partition, wide_dtype
 
 __all__ = ["AndersonState", "anderson_advance", "anderson_residual", "anderson_start"]
@@ -26,14 +26,13 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend:
     history = min(history, max_steps)
     record = Record(batch, tol, x.device)
     parts = partition(batch, entries).parts
-    wide = accumulate_dtype(x.dtype)
     return AndersonState(
         x=x,
         best=x.clone(),
         residuals=x.new_empty((history, batch, entries)),
         iterates=x.new_empty((history, batch, entries)),
         gram=x.new_zeros((batch, history, history), dtype=torch.float64),
-        dots=x.new_empty((batch, parts, next_power_of_2(history + 1)), dtype=wide),
+        dots=x.new_empty((batch, parts, next_power_of_2(history + 1)), dtype=torch.float64),
         record=record,
         before=torch.empty_like(record.data),
         active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..status import RUNNING
 from .record import Record, accumulate_dtype
 
 WEIGHT_LIMIT = 1e4
@@ -27,19 +28,26 @@ WEIGHT_LIMIT = 1e4
 LEAST_SQUARE = 1e-200
 """What ‖G_i‖² counts as at least, so that a residual of zero has a finite scale."""
 
+SLICE = 4096
+"""Copying one more slice costs about as much as passing over this many entries."""
+
+SAFE = (1e-30, 1e30)
+"""Sums of float32 squares outside this range are taken again in float64."""
+
 
 @dataclass
 class AndersonState:
     """Everything a solve keeps, for B samples of N entries and m history slots.
 
-    x: `[B, N]`, the iterate that f is evaluated at.
+    x: `[B, N]`, the iterate that f is evaluated at. The reference lets x and best change roles.
     best: `[B, N]`, each sample's iterate with the lowest residual.
     residuals, iterates: `[m, B, N]` rings of `G_i` and of `x_i + β G_i`. Step k uses slot k mod m.
-    gram: `[B, m, m]` float64, `G_i · G_j`; a step renews one row and column.
-    dots: `[B, P, ≥ m+1]` partial sums over P parts of a sample: the new Gram row, then ‖f‖² in column m.
+    gram: `[B, m, m]` float64, `G_i · G_j`; a step renews one row and column. On the host in the reference.
+    dots: the new Gram row, then ‖f‖² in column m. Kernels: float64 `[B, P, ≥ m+1]`, partial sums over P
+        parts of a sample. Reference: `[B, 1, m+1]` in the accumulation dtype.
     before: `[FIELDS, B]`, the record as it was before the present step (kernels only).
     active: `[max_steps]` int32, 1 where any sample went on after that step (kernels only).
-    spare: `[B, N]`, where the reference mixes while some samples are frozen.
+    spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
     """
 
     x: Tensor
@@ -72,12 +80,12 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int) -> Ander
         best=x.clone(),
         residuals=x.new_empty(ring, dtype=wide),
         iterates=x.new_empty(ring, dtype=wide),
-        gram=x.new_zeros((batch, history, history), dtype=torch.float64),
-        dots=x.new_zeros((batch, 1, history + 1), dtype=torch.float64),
+        gram=torch.zeros((batch, history, history), dtype=torch.float64),
+        dots=x.new_zeros((batch, 1, history + 1), dtype=wide),
         record=Record(batch, tol, torch.device("cpu")),
         before=torch.empty(0, dtype=torch.float64, device=x.device),
         active=torch.empty(0, dtype=torch.int32, device=x.device),
-        spare=x.new_empty((batch, entries), dtype=wide),
+        spare=x.new_empty((batch if x.dtype != wide else 0, entries), dtype=wide),
     )
 
 
@@ -98,7 +106,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
 
     row = torch.bmm(residual[:, None, :], state.residuals[:filled].permute(1, 2, 0))
     state.dots[:, :, :filled] = row
-    state.dots[:, 0, history] = torch.linalg.vector_norm(fx, dim=1).double().square()
+    state.dots[:, 0, history] = torch.linalg.vector_norm(fx, dim=1).square()
 
 
 def anderson_advance(
@@ -118,29 +126,89 @@ def anderson_advance(
     """
     history, slot, record = state.history, step % state.history, state.record
     filled = min(step + 1, history)
-    row, value_sq = state.dots[:, 0, :history], state.dots[:, 0, history]
-    state.gram[:, slot, :] = row
-    state.gram[:, :, slot] = row
+    dots = state.dots[:, 0].cpu().numpy().astype(np.float64)  # the one read of the device in a step
+    _sum_again(state, dots, slot, filled)
+    row, gram = dots[:, :history], state.gram.numpy()
+    gram[:, slot, :] = row
+    gram[:, :, slot] = row
+
+    improved, moving = record.judge(row[:, slot], dots[:, history], relative=relative, over_batch=over_batch)
+    _keep_best(state, improved, moving)
+    if last or not moving.any():
+        return bool(moving.any())
 
     count = np.minimum(record.count.numpy() + 1, history)
-    valid = _valid_slots(count, slot, filled).to(row.device) if count.min() < filled else None
-    weights, mixed = anderson_weights(state.gram[:, :filled, :filled], valid, slot, ridge, relative_ridge)
+    valid = _valid_slots(count, slot, filled) if (moving & (count < filled)).any() else None
+    weights, mixed = _host_weights(gram[:, :filled, :filled], valid, slot, ridge, relative_ridge)
+    np.copyto(record.count.numpy(), np.where(mixed, count, 1), where=moving)
 
-    # The one read of the device in a step.
-    residual_sq, value_sq, mixed = torch.stack((row[:, slot], value_sq, mixed)).cpu().numpy()
-    improved, moving = record.judge(step, residual_sq, value_sq, relative=relative, over_batch=over_batch)
-    np.copyto(record.count.numpy(), np.where(mixed > 0, count, 1), where=moving)
+    alpha = torch.from_numpy(weights[:, None, :]).to(state.iterates)
+    ring = state.iterates[:filled].transpose(0, 1)
+    for rows in _runs(moving):
+        if state.x.dtype == ring.dtype:
+            torch.bmm(alpha[rows], ring[rows], out=state.x[rows, None, :])
+        else:
+            torch.bmm(alpha[rows], ring[rows], out=state.spare[rows, None, :])
+            state.x[rows] = state.spare[rows]
+    return True
 
-    _assign(state.best, state.x, improved)
-    if moving.any() and not last:
-        weights = weights[:, None, :].to(state.iterates.dtype)
-        ring = state.iterates[:filled].transpose(0, 1)
-        whole = moving.all() and state.x.dtype == ring.dtype
-        target = state.x if whole else state.spare
-        torch.bmm(weights, ring, out=target[:, None, :])
-        if not whole:
-            _assign(state.x, state.spare, moving)
-    return bool(moving.any())
+
+def _sum_again(state: AndersonState, dots: NDArray[np.float64], slot: int, filled: int) -> None:
+    """Replace sums of float32 squares near over- or underflow by sums in float64."""
+    if state.residuals.dtype == torch.float64:
+        return
+    squares = dots[:, slot :: state.history - slot]  # columns slot and m
+    if squares.min() > SAFE[0] and squares.max() < SAFE[1]:
+        return
+    safe = ((squares > SAFE[0]) & (squares < SAFE[1])).all(axis=1)
+    doubtful = (state.record.status.numpy() == RUNNING) & ~safe
+    for sample in np.flatnonzero(doubtful):
+        if squares[sample, 0] == 0 and not state.residuals[slot, sample].any():
+            continue  # truly zero
+        ring = state.residuals[:filled, sample].double()
+        value = state.x[sample].double() + ring[slot]
+        dots[sample, :filled] = (ring @ ring[slot]).cpu().numpy()
+        dots[sample, state.history] = value.square().sum().item()
+
+
+def _keep_best(state: AndersonState, improved: NDArray[np.bool_], moving: NDArray[np.bool_]) -> None:
+    """`best[improved] = x[improved]`, leaving x as it is where a sample does not go on."""
+    if improved.all():  # the two buffers change roles, so that nothing is copied
+        state.x, state.best = state.best, state.x
+        for rows in _runs(~moving):
+            state.x[rows] = state.best[rows]
+    else:
+        _assign(state.best, state.x, improved)
+
+
+def _host_weights(
+    gram: NDArray[np.float64],
+    valid: NDArray[np.bool_] | None,
+    slot: int,
+    ridge: float,
+    relative_ridge: bool,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """`anderson_weights` in NumPy, whose small operations cost a third of PyTorch's."""
+    with np.errstate(all="ignore"):
+        scale = 1 / np.sqrt(np.maximum(np.diagonal(gram, axis1=1, axis2=2), LEAST_SQUARE))
+        damping = ridge if relative_ridge else ridge * scale * scale
+        if valid is not None:
+            gram = np.where(valid[:, :, None] & valid[:, None, :], gram, 0)
+            scale = np.where(valid, scale, 0)
+            damping = np.where(valid, damping, 1)
+        matrix = gram * scale[:, :, None] * scale[:, None, :]
+        diagonal = np.arange(gram.shape[1])
+        matrix[:, diagonal, diagonal] += damping
+        try:
+            weights = scale * np.linalg.solve(matrix, scale[:, :, None])[:, :, 0]
+        except np.linalg.LinAlgError:  # one singular sample fails them all
+            weights = scale * torch.linalg.solve_ex(*map(torch.from_numpy, (matrix, scale))).result.numpy()
+        total = weights.sum(axis=1, keepdims=True)  # 1 / min αᵀ G α, so positive
+        weights /= total
+        mixed = (total[:, 0] > 0) & (np.abs(weights).sum(axis=1) <= WEIGHT_LIMIT)  # false for NaN too
+    if not mixed.all():
+        weights[~mixed] = diagonal == slot
+    return weights, mixed
 
 
 def anderson_weights(
@@ -175,16 +243,27 @@ def anderson_weights(
     return torch.where(mixed[:, None], weights, plain), mixed
 
 
-def _valid_slots(count: NDArray[np.float64], slot: int, filled: int) -> Tensor:
+def _valid_slots(count: NDArray[np.float64], slot: int, filled: int) -> NDArray[np.bool_]:
     """`[B, filled]`: slots whose age is below each sample's count."""
     age = (slot - np.arange(filled)) % filled
-    return torch.from_numpy(age < count[:, None])
+    return age < count[:, None]
 
 
 def _assign(target: Tensor, source: Tensor, mask: NDArray[np.bool_]) -> None:
     """`target[mask] = source[mask]` for rows."""
+    runs = _runs(mask)
+    if len(runs) * SLICE > target.numel():
+        torch.where(torch.from_numpy(mask).to(target.device)[:, None], source, target, out=target)
+    else:
+        for rows in runs:
+            target[rows] = source[rows]
+
+
+def _runs(mask: NDArray[np.bool_]) -> list[slice]:
+    """The samples of a mask as slices, so that what is left out is neither read nor written."""
     if mask.all():
-        target.copy_(source)
-    elif mask.any():
-        chosen = torch.from_numpy(mask).to(target.device)[:, None]
-        torch.where(chosen, source.to(target.dtype), target, out=target)
+        return [slice(None)]
+    if not mask.any():
+        return []
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [slice(*pair) for pair in edges.reshape(-1, 2).tolist()]

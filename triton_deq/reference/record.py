@@ -28,7 +28,7 @@ class Record:
     - `status`: a `Status`; RUNNING until the sample stops
     - `count`: how many of the newest history slots the sample may use
     - `residual`: of the newest iterate; `best`: the lowest so far
-    - `limit`: the absolute residual beyond which the sample has diverged
+    - `limit`: the absolute residual beyond which the sample has diverged; 0 until the first step
     - `tolerance`: where it has converged
     - `steps`: evaluations of f until it stopped
     """
@@ -51,7 +51,6 @@ class Record:
 
     def judge(
         self,
-        step: int,
         residual_sq: NDArray[np.float64],
         value_sq: NDArray[np.float64],
         *,
@@ -75,8 +74,7 @@ class Record:
         with np.errstate(all="ignore"):
             norm, scale = np.sqrt(residual_sq), np.sqrt(value_sq)
             residual = np.where(norm == 0, 0, norm / scale) if relative else norm
-            if step == 0:
-                limit[:] = DIVERGENCE * (norm + scale)
+            np.copyto(limit, DIVERGENCE * (norm + scale), where=limit == 0)
             improved = counted & (residual < best)
             converged = counted & (residual <= tolerance)
             diverged = counted & ~converged & (norm > limit)

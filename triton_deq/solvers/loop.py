@@ -35,6 +35,8 @@ def solve(
     norm_over: str = "sample",
     throw: bool = False,
     trace: bool = False,
+    check_every: int = 1,
+    debug: bool = False,
     backend: str = "auto",
 ) -> Solution:
     """Find z with `f(z) = z` for each sample of a batch, without gradients.
@@ -54,6 +56,9 @@ def solve(
         norm_over: "sample", or "batch": one norm over all samples, which then stop together.
         throw: raise `NotConverged` where a sample did not reach the tolerance.
         trace: keep each evaluation's residuals in `Solution.trace`.
+        check_every: on a GPU, how many evaluations of f may follow after the last sample has stopped, so that
+            the host need not wait for the device; they change nothing. The reference stops at once.
+        debug: raise if f modifies its argument in place; costs a copy and a comparison an evaluation.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -62,31 +67,87 @@ def solve(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
         NotConverged: with `throw=True`.
+        RuntimeError: with `debug=True`, an f that modifies z.
     """
     check_state("z0", z0)
     solver = check_solver("solver", Anderson() if solver is None else solver)
-    stopping = Stopping(tol, max_steps, residual, norm_over)
+    stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
     name, _ = backends.choose(z0, backend)
+    return run(f, z0, solver, stopping, throw=throw, trace=trace, debug=debug, backend=name)[0]
+
+
+def solve_with_adjoint(
+    f: Callable[[Tensor], Tensor], z0: Tensor, solver: Any, **options: Any
+) -> tuple[Solution, Callable[[Tensor], Tensor]]:
+    """`solve`, and the solver's own estimate of `g ↦ g (I − J)⁻¹` for g like z0, from the history it keeps.
+
+    Raises:
+        TypeError: a solver that makes no such estimate, besides what `solve` raises.
+    """
+    if not hasattr(solver, "adjoint"):
+        raise TypeError(
+            f"shine needs the inverse Jacobian that a forward Broyden builds, and solver={solver!r} has "
+            "none: pass solver=td.Broyden(), or shine=None"
+        )
+    check_state("z0", z0)
+    name, _ = backends.choose(z0, options.pop("backend"))
+    throw, trace, debug = (options.pop(key) for key in ("throw", "trace", "debug"))
+    stopping = Stopping(**options)
+    solution, state = run(f, z0, solver, stopping, throw=throw, trace=trace, debug=debug, backend=name)
+    layout = Layout(z0)
+
+    def estimate(grad: Tensor) -> Tensor:
+        return grad if state is None else layout.unrows(solver.adjoint(state, layout.rows(grad)))
+
+    return solution, estimate
+
+
+@torch.no_grad()
+def run(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    solver: Solver,
+    stopping: Stopping,
+    *,
+    throw: bool,
+    trace: bool,
+    debug: bool,
+    backend: str,
+) -> tuple[Solution, Any]:
+    """`solve` with its arguments checked; also returns the solver's last state, None without entries."""
     if z0.numel() == 0:
-        return empty_solution(z0, trace)
+        return empty_solution(z0, trace), None
 
     layout = Layout(z0)
-    state = solver.start(layout.rows(z0.detach()), stopping, name)
-    z = layout.unrows(state.x)
+    state = solver.start(layout.rows(z0.detach()), stopping, backend)
     residuals: list[Tensor] = []
-    lookout = Lookout()
+    lookout = Lookout(stopping.check_every)
     nfe = 0
-    for step in range(max_steps):
-        value = f(z)
-        check_value(value, z)
+    for step in range(stopping.max_steps):
+        fx = layout.rows(evaluate(f, layout.unrows(state.x), debug))
         nfe += 1
-        active = solver.step(state, layout.rows(value), step, stopping, name)
+        active = solver.step(state, fx, step, stopping, backend)
+        del fx  # while f runs again, its last value need not be there
         if trace:
             residuals.append(state.record.residual.clone())
         if lookout.done(active):
             break
 
-    return finish(layout.unrows(state.best), state.record, nfe, residuals if trace else None, throw)
+    solution = finish(layout.unrows(state.best), state.record, nfe, residuals if trace else None, throw)
+    return solution, state
+
+
+def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:
+    """f(z), checked to look like z; with `debug`, z is checked to be what it was."""
+    before = z.clone() if debug else None
+    value = f(z)
+    check_value(value, z)
+    if before is not None and not torch.equal(before.nan_to_num(), z.nan_to_num()):
+        raise RuntimeError(
+            "f modified its argument z in place: it is the solver's own buffer; write out of place, or let f "
+            "begin with z = z.clone()"
+        )
+    return value
 
 
 def finish(value: Tensor, record: Record, nfe: int, traced: list[Tensor] | None, throw: bool) -> Solution:

@@ -1,6 +1,6 @@
 """What a solve gives back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Solution:
         nfe: evaluations of f in all; each one serves the whole batch.
         trace: `[nfe, B]` float64, the residual after each evaluation (a stopped sample keeps its last),
             or None if it was not asked for.
+        backward: the `Solution` of the implicit gradient's linear system; None until a backward pass has
+            solved it. Each pass replaces it.
     """
 
     value: Tensor
@@ -29,6 +31,7 @@ class Solution:
     status: Tensor
     nfe: int
     trace: Tensor | None = None
+    backward: "Solution | None" = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def converged(self) -> Tensor:

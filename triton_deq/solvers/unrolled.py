@@ -9,7 +9,7 @@ from ..checks import check_state, check_value
 from ..reference.anderson import anderson_weights
 from ..reference.record import Record, accumulate_dtype
 from .anderson import Anderson, Picard
-from .loop import Layout, Solver, empty_solution, finish
+from .loop import Layout, Solver, empty_solution, evaluate, finish
 from .solution import Solution
 from .stopping import Stopping
 
@@ -25,6 +25,8 @@ def unrolled_solve(
     norm_over: str,
     throw: bool,
     trace: bool,
+    check_every: int,
+    debug: bool,
 ) -> tuple[Tensor, Solution]:
     """Like `solve`, but the value carries the graph of every step; returns `(value, Solution)`.
 
@@ -35,7 +37,7 @@ def unrolled_solve(
     """
     check_state("z0", z0)
     anderson = _as_anderson(solver)
-    stopping = Stopping(tol, max_steps, residual, norm_over)
+    stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
     if z0.numel() == 0:
         value = f(z0)  # nothing to solve, but the value is still a function of what f closes over
         check_value(value, z0)
@@ -49,10 +51,7 @@ def unrolled_solve(
     iterates: list[Tensor] = []
     traced: list[Tensor] = []
     for step in range(max_steps):
-        z = layout.unrows(x)
-        value = f(z)
-        check_value(value, z)
-        fx = layout.rows(value)
+        fx = layout.rows(evaluate(f, layout.unrows(x), debug))
         difference = fx.to(wide) - x.to(wide)
         residuals = [*residuals, difference][-anderson.history :]
         iterates = [*iterates, x.to(wide) + anderson.mixing * difference][-anderson.history :]
@@ -63,7 +62,6 @@ def unrolled_solve(
         improved, moving = (
             torch.from_numpy(mask).to(x.device)[:, None]
             for mask in record.judge(
-                step,
                 *torch.stack((gram.detach()[:, -1, -1], value_sq)).cpu().numpy(),
                 relative=stopping.residual == "relative",
                 over_batch=stopping.norm_over == "batch",

@@ -1,0 +1,98 @@
+"""`check_every`, `debug`, and what the backward solve reports."""
+
+import pytest
+import torch
+
+import triton_deq as td
+from tests.problems import linear_map, tanh_map
+
+
+@pytest.mark.parametrize("check_every", [1, 2, 3, 5, 8])
+def test_at_most_check_every_steps_too_far_and_nothing_changes(check_every, backend, device):
+    f, answer, _ = linear_map(0.5, 3, 6, device=device)
+    calls = []
+
+    def counted(z):
+        calls.append(1)
+        return f(z)
+
+    options = {"tol": 1e-8, "max_steps": 60, "backend": backend}
+    plain = td.solve(f, torch.zeros_like(answer), **options)
+    solution = td.solve(counted, torch.zeros_like(answer), check_every=check_every, **options)
+    assert solution.nfe == len(calls) <= solution.steps.max() + check_every
+    if backend == "reference":
+        assert solution.nfe == solution.steps.max()
+    assert torch.equal(solution.steps, plain.steps)
+    assert torch.equal(solution.value, plain.value)
+    assert torch.equal(solution.residual, plain.residual)
+
+
+def test_debug_tells_of_an_f_that_modifies_its_argument(backend, device):
+    z0 = torch.ones(2, 3, device=device)
+    with pytest.raises(RuntimeError, match="modified its argument z in place.*clone"):
+        td.solve(lambda z: z.mul_(0.5) + 1, z0, debug=True, backend=backend)
+    assert td.solve(lambda z: 0.5 * z + 1, z0, debug=True, backend=backend).converged.all()
+    with pytest.raises(RuntimeError, match="modified its argument"):
+        td.fixed_point(
+            lambda z: z.mul_(0.5) + 1, z0, gradient=td.UnrolledGradient(), debug=True, backend=backend
+        )
+
+
+@pytest.mark.parametrize("check_every", [0, -1])
+def test_check_every_is_checked(check_every):
+    with pytest.raises(ValueError, match="check_every"):
+        td.solve(torch.tanh, torch.ones(1, 2), check_every=check_every)
+
+
+class TestBackward:
+    def gradients(self, gradient, solver=None, scale=1.0, times=1):
+        torch.manual_seed(3)
+        f, weight, bias = tanh_map(3, 8)
+        for _ in range(times):
+            weight.grad = bias.grad = None
+            z, solution = td.fixed_point(
+                f,
+                torch.zeros(3, 8, dtype=torch.float64),
+                solver,
+                tol=1e-11,
+                max_steps=100,
+                gradient=gradient,
+                return_solution=True,
+            )
+            assert solution.backward is None
+            (scale * z.square().sum()).backward()
+        return solution, weight.grad / scale, bias.grad / scale
+
+    def test_its_solution_is_reported(self):
+        solution, *_ = self.gradients(td.ImplicitGradient(tol=1e-10, max_steps=50))
+        assert solution.backward.converged.all()
+        assert (solution.backward.residual <= 1e-10).all()
+        solution, *_ = self.gradients(td.ImplicitGradient(tol=1e-12, max_steps=2))
+        assert solution.backward.nfe == 2
+        assert not solution.backward.converged.any()
+
+    def test_throw(self):
+        with pytest.raises(td.NotConverged):
+            self.gradients(td.ImplicitGradient(tol=1e-12, max_steps=2, throw=True))
+
+    @pytest.mark.parametrize("scale", [1e-6, 1e6])
+    def test_the_scale_of_the_loss_does_not_matter(self, scale):
+        gradient = td.ImplicitGradient(tol=1e-6)
+        plain, *wanted = self.gradients(gradient)
+        scaled, *found = self.gradients(gradient, scale=scale)
+        assert scaled.backward.nfe == plain.backward.nfe
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+    def test_warm_start_needs_fewer_steps_for_the_same_gradient(self):
+        cold, *wanted = self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60), times=2)
+        warm, *found = self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, warm_start=True), times=2)
+        assert warm.backward.nfe < cold.backward.nfe / 2
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+
+    def test_shine_needs_broyden(self):
+        with pytest.raises(TypeError, match="td.Broyden"):
+            self.gradients(td.ImplicitGradient(shine="start"))
+        with pytest.raises(ValueError, match="shine='both'"):
+            td.ImplicitGradient(shine="both")
+        with pytest.raises(ValueError, match="warm_start"):
+            td.ImplicitGradient(shine="start", warm_start=True)

@@ -16,6 +16,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
+BLOCK = 1 << 15
+"""Counters taken at a time, so that the words stay in a CPU's cache."""
+
 
 def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype: torch.dtype) -> Tensor:
     """A random probe of `shape` on the seed's device, the same entries for the same seed and index.
@@ -26,13 +29,20 @@ def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype:
     """
     total = math.prod(shape)
     quarter = -(-total // 4)
-    words = _philox(seed, torch.arange(quarter, device=seed.device), index)
-    if distribution == "rademacher":
-        entries = [1.0 - 2.0 * (word & 1) for word in words]
-    else:
-        wide = accumulate_dtype(dtype)
-        entries = [*_box_muller(words[0], words[1], wide), *_box_muller(words[2], words[3], wide)]
-    return torch.cat(entries)[:total].to(dtype).view(shape)
+    wide = accumulate_dtype(dtype)
+    out = torch.empty(4, quarter, dtype=dtype, device=seed.device)
+    eager_cpu = seed.device.type == "cpu" and not torch.compiler.is_compiling()
+    length = BLOCK if eager_cpu else max(quarter, 1)
+    for first in range(0, quarter, length):
+        block = out[:, first : first + length]
+        words = _philox(seed, torch.arange(first, first + block.shape[1], device=seed.device), index)
+        if distribution == "rademacher":
+            entries = [1.0 - 2.0 * (word & 1) for word in words]
+        else:
+            entries = [*_box_muller(words[0], words[1], wide), *_box_muller(words[2], words[3], wide)]
+        for target, entry in zip(block, entries, strict=True):
+            target.copy_(entry)
+    return out.view(-1)[:total].view(shape)
 
 
 def squared_norm(rows: Tensor) -> Tensor:
@@ -55,10 +65,9 @@ def _philox(seed: Tensor, counter: Tensor, index: int) -> list[Tensor]:
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low half of the 64-bit product of two 32-bit words, without overflowing int64."""
-    low = (word & 0xFFFF) * constant
-    middle = (word >> 16) * constant + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low half of the 64-bit product of two 32-bit words; int64 wraps around, and no bit is lost."""
+    product = word * constant
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def _box_muller(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

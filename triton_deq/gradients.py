@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .checks import check_choice, check_count, check_number, check_state
+from .checks import check_count, check_number, check_state
 from .solvers import Anderson, Solution, Solver, solve
-from .solvers.loop import check_solver, solve_with_adjoint
+from .solvers.loop import check_solver
 from .solvers.stopping import Stopping
 from .solvers.unrolled import unrolled_solve
 
@@ -45,9 +45,6 @@ class ImplicitGradient:
         throw: raise `NotConverged` in the backward pass where u did not reach the tolerance.
         warm_start: start at the u of the last backward pass of this record, if that had the same shape, dtype
             and device: for batches that repeat. Give each DEQ a record of its own.
-        shine: "start" or "alone": start at, or use without a solve, the u that the forward Broyden's estimate
-            of the inverse Jacobian gives (Ramzi et al., arXiv 2106.00553, eq. 4). The forward solver must be
-            `Broyden`, whose history is then kept until the backward pass.
 
     Raises:
         TypeError, ValueError: a field that cannot be.
@@ -58,29 +55,19 @@ class ImplicitGradient:
     max_steps: int = 30
     throw: bool = False
     warm_start: bool = False
-    shine: str | None = None
     _last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         check_solver("solver", self.solver)
         Stopping(self.tol, self.max_steps)
-        if self.shine is not None:
-            check_choice("shine", self.shine, ("start", "alone"))
-            if self.warm_start:
-                raise ValueError(
-                    "warm_start=True and shine both say where the backward solve starts: pass one of them"
-                )
 
     def fixed_point(
         self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
     ) -> tuple[Tensor, Solution]:
-        if self.shine is None:
-            solution, estimate = solve(f, z0, solver, backend=backend, **options), None
-        else:
-            solution, estimate = solve_with_adjoint(f, z0, solver, backend=backend, **options)
+        solution = solve(f, z0, solver, backend=backend, **options)
         at = solution.value.detach().requires_grad_()
         value = f(at)
-        adjoint = _Adjoint(self, solution, estimate, backend)
+        adjoint = _Adjoint(self, solution, backend)
         return _ImplicitFunction.apply(value, at, adjoint), solution
 
 
@@ -90,18 +77,14 @@ class _Adjoint:
 
     gradient: ImplicitGradient
     forward: Solution
-    estimate: Function | None
     backend: str
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
         """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
         gradient = self.gradient
-        start = self._start(grad)
-        if gradient.shine == "alone":
-            return start
         solution = solve(
             lambda u: product(u) + grad,
-            start,
+            self._start(grad),
             gradient.solver,
             tol=gradient.tol,
             max_steps=gradient.max_steps,
@@ -114,8 +97,6 @@ class _Adjoint:
         return solution.value
 
     def _start(self, grad: Tensor) -> Tensor:
-        if self.estimate is not None:
-            return self.estimate(grad)
         last = self.gradient._last.get("u")
         alike = last is not None and (last.shape, last.dtype, last.device) == (
             grad.shape,

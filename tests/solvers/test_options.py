@@ -88,11 +88,3 @@ class TestBackward:
         warm, *found = self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, warm_start=True), times=2)
         assert warm.backward.nfe < cold.backward.nfe / 2
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
-
-    def test_shine_needs_broyden(self):
-        with pytest.raises(TypeError, match="td.Broyden"):
-            self.gradients(td.ImplicitGradient(shine="start"))
-        with pytest.raises(ValueError, match="shine='both'"):
-            td.ImplicitGradient(shine="both")
-        with pytest.raises(ValueError, match="warm_start"):
-            td.ImplicitGradient(shine="start", warm_start=True)

@@ -73,68 +73,25 @@ def solve(
     solver = check_solver("solver", Anderson() if solver is None else solver)
     stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
     name, _ = backends.choose(z0, backend)
-    return run(f, z0, solver, stopping, throw=throw, trace=trace, debug=debug, backend=name)[0]
-
-
-def solve_with_adjoint(
-    f: Callable[[Tensor], Tensor], z0: Tensor, solver: Any, **options: Any
-) -> tuple[Solution, Callable[[Tensor], Tensor]]:
-    """`solve`, and the solver's own estimate of `g ↦ g (I − J)⁻¹` for g like z0, from the history it keeps.
-
-    Raises:
-        TypeError: a solver that makes no such estimate, besides what `solve` raises.
-    """
-    if not hasattr(solver, "adjoint"):
-        raise TypeError(
-            f"shine needs the inverse Jacobian that a forward Broyden builds, and solver={solver!r} has "
-            "none: pass solver=td.Broyden(), or shine=None"
-        )
-    check_state("z0", z0)
-    name, _ = backends.choose(z0, options.pop("backend"))
-    throw, trace, debug = (options.pop(key) for key in ("throw", "trace", "debug"))
-    stopping = Stopping(**options)
-    solution, state = run(f, z0, solver, stopping, throw=throw, trace=trace, debug=debug, backend=name)
-    layout = Layout(z0)
-
-    def estimate(grad: Tensor) -> Tensor:
-        return grad if state is None else layout.unrows(solver.adjoint(state, layout.rows(grad)))
-
-    return solution, estimate
-
-
-@torch.no_grad()
-def run(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    solver: Solver,
-    stopping: Stopping,
-    *,
-    throw: bool,
-    trace: bool,
-    debug: bool,
-    backend: str,
-) -> tuple[Solution, Any]:
-    """`solve` with its arguments checked; also returns the solver's last state, None without entries."""
     if z0.numel() == 0:
-        return empty_solution(z0, trace), None
+        return empty_solution(z0, trace)
 
     layout = Layout(z0)
-    state = solver.start(layout.rows(z0.detach()), stopping, backend)
+    state = solver.start(layout.rows(z0.detach()), stopping, name)
     residuals: list[Tensor] = []
-    lookout = Lookout(stopping.check_every)
+    lookout = Lookout(check_every)
     nfe = 0
-    for step in range(stopping.max_steps):
+    for step in range(max_steps):
         fx = layout.rows(evaluate(f, layout.unrows(state.x), debug))
         nfe += 1
-        active = solver.step(state, fx, step, stopping, backend)
+        active = solver.step(state, fx, step, stopping, name)
         del fx  # while f runs again, its last value need not be there
         if trace:
             residuals.append(state.record.residual.clone())
         if lookout.done(active):
             break
 
-    solution = finish(layout.unrows(state.best), state.record, nfe, residuals if trace else None, throw)
-    return solution, state
+    return finish(layout.unrows(state.best), state.record, nfe, residuals if trace else None, throw)
 
 
 def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:

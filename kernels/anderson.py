@@ -9,21 +9,19 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    BEST,
     COUNT,
-    DIVERGENCE,
     LEAST_SQUARE,
-    LIMIT,
-    RESIDUAL,
     RUNNING,
     STATUS,
-    STEPS,
-    TOLERANCE,
     WEIGHT_LIMIT,
+    batch_sums,
     is_finite,
-    judge,
+    judge_sample,
     pick,
+    sample_sums,
+    snapshot,
     solve_spd,
+    write_down,
 )
 
 
@@ -51,15 +49,12 @@ def anderson_residual_kernel(
     """G = f − x and x + β G into ring slot `slot`; G · G_j and ‖f‖² of one part into `dots`.
 
     fx, x: [B, N]    residuals, iterates: [HISTORY, B, N]    dots: [B, parts, LANES]
-    record, before: [FIELDS, B]; `before` receives the rows that the next kernel both reads and renews,
-    since its programs of one sample run side by side.
+    record, before: [FIELDS, B]
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
     if part == 0:
-        tl.store(before_ptr + STATUS * B + sample, tl.load(record_ptr + STATUS * B + sample))
-        tl.store(before_ptr + COUNT * B + sample, tl.load(record_ptr + COUNT * B + sample))
-        tl.store(before_ptr + BEST * B + sample, tl.load(record_ptr + BEST * B + sample))
+        snapshot(record_ptr, before_ptr, B, sample)
 
     if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
         lanes = tl.arange(0, LANES)
@@ -86,36 +81,6 @@ def anderson_residual_kernel(
                 other = tl.where(j == slot, residual, other)
                 dots += tl.where(lanes == j, tl.sum(exact * other.to(tl.float64), axis=0), 0)
         tl.store(dots_ptr + (sample * parts + part) * LANES + lanes, dots)
-
-
-@triton.jit
-def sample_sums(dots_ptr, sample, parts, lanes, LANES: tl.constexpr, PARTS: tl.constexpr):
-    """Add one sample's partial sums in float64, in a fixed order: a vector of LANES."""
-    index = tl.arange(0, PARTS)
-    offsets = (sample * parts + index)[:, None] * LANES + lanes[None, :]
-    partial = tl.load(dots_ptr + offsets, mask=(index < parts)[:, None], other=0)
-    return tl.sum(partial, axis=0)
-
-
-@triton.jit
-def batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY: tl.constexpr, LANES: tl.constexpr):
-    """`‖G‖²` and `‖f‖²` over all running finite samples, in float64 and in a fixed order."""
-    residual_sq = tl.full((), 0.0, tl.float64)
-    value_sq = tl.full((), 0.0, tl.float64)
-    for first in range(0, B, 128):
-        samples = first + tl.arange(0, 128)
-        inside = samples < B
-        each_residual = tl.zeros([128], dtype=tl.float64)
-        each_value = tl.zeros([128], dtype=tl.float64)
-        for part in range(parts):
-            offsets = (samples * parts + part) * LANES
-            each_residual += tl.load(dots_ptr + offsets + slot, mask=inside, other=0)
-            each_value += tl.load(dots_ptr + offsets + HISTORY, mask=inside, other=0)
-        status = tl.load(before_ptr + STATUS * B + samples, mask=inside, other=-1)
-        counted = (status == RUNNING) & is_finite(each_residual) & is_finite(each_value)
-        residual_sq += tl.sum(tl.where(counted, each_residual, 0), axis=0)
-        value_sq += tl.sum(tl.where(counted, each_value, 0), axis=0)
-    return residual_sq, value_sq
 
 
 @triton.jit
@@ -187,12 +152,9 @@ def anderson_advance_kernel(
         finite = is_finite(residual_sq) & is_finite(value_sq)
         if OVER_BATCH:
             residual_sq, value_sq = batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY, LANES)
-        # 0 until the first step. Whether part 0 has stored it already or not, every program gets the same.
-        limit = tl.load(record_ptr + LIMIT * B + sample)
-        limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
-        best = tl.load(before_ptr + BEST * B + sample)
-        tolerance = tl.load(record_ptr + TOLERANCE * B + sample)
-        status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
+        status, residual, improved, limit = judge_sample(
+            record_ptr, before_ptr, B, sample, residual_sq, value_sq, finite, RELATIVE
+        )
         moving = (status == RUNNING) & (last == 0)
 
         gram_offsets = sample * HISTORY * HISTORY + lanes[:, None] * HISTORY + lanes[None, :]
@@ -205,20 +167,12 @@ def anderson_advance_kernel(
         weights, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
 
         if part == 0:
-            tl.store(record_ptr + STATUS * B + sample, status)
-            tl.store(record_ptr + STEPS * B + sample, step + 1)
-            tl.store(record_ptr + LIMIT * B + sample, limit)
-            if finite:
-                tl.store(record_ptr + RESIDUAL * B + sample, residual)
-            if improved:
-                tl.store(record_ptr + BEST * B + sample, residual)
+            write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit)
             row = gram_ptr + sample * HISTORY * HISTORY
             tl.store(row + slot * HISTORY + lanes, sums, mask=lanes < HISTORY)
             tl.store(row + lanes * HISTORY + slot, sums, mask=lanes < HISTORY)
             if moving:
                 tl.store(record_ptr + COUNT * B + sample, tl.where(mixed, count, 1))
-            if status == RUNNING:
-                tl.store(active_ptr + step, 1)
 
         row = sample.to(tl.int64) * N
         ring = B.to(tl.int64) * N

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
-from . import anderson, jacobian
+from . import anderson, broyden, jacobian
 
 BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -190,6 +190,77 @@ def _advance_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
     return work
 
 
+# ---------------------------------------------------------------------------------------------- Broyden
+
+
+def _in_blocks_of(block: int, parts: int, rows: Rows) -> Rows:
+    """These rows cut as the Broyden ops do it, which take 4096 bytes of a state at a time."""
+    return replace(rows, parts=parts, chunk=rows.entries // parts, block=block)
+
+
+def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = "") -> Entry:
+    """part: "residual" or "advance". The step is the first with a full memory."""
+    slots = memory + 1
+    constants = {
+        "SLOTS": slots,
+        "LANES": _lanes(slots),
+        "BLOCK": rows.block,
+        "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
+    }
+    fp64 = Pointer("fp64")
+    if part == "residual":
+        states = ("fx_ptr", "x_ptr", "moves_ptr", "changes_ptr")
+        small = {"dots_ptr": fp64, "record_ptr": fp64, "before_ptr": fp64}
+        sizes = {**_sizes(rows), "slot": 0, "newest": memory, "filled": slots}
+    else:
+        states = ("x_ptr", "best_ptr", "changes_ptr")
+        small = dict.fromkeys(("dots_ptr", "matrix_ptr", "squares_ptr", "record_ptr", "before_ptr"), fp64)
+        small["active_ptr"] = Pointer("i32")
+        sizes = {**_sizes(rows), "step": slots, "slot": 0, "newest": memory, "last": 0}
+        constants |= {"PARTS": 1 << (rows.parts - 1).bit_length(), "RELATIVE": True, "OVER_BATCH": False}
+    return Entry(
+        op="broyden",
+        name=_name(f"broyden_{part}", dtype, memory, note),
+        kernel=getattr(broyden, f"broyden_{part}_kernel"),
+        shape=(rows.batch, rows.entries),
+        arguments={**dict.fromkeys(states, Pointer(dtype)), **small, **sizes, **constants},
+        contiguous=states,
+        traffic=_broyden_residual_traffic if part == "residual" else _broyden_advance_traffic,
+        work=_broyden_residual_work if part == "residual" else _broyden_advance_work,
+        budget=_budget(dtype, rows),
+    )
+
+
+def _broyden_residual_traffic(entry: Entry, batch: int, entries: int) -> int:
+    """Read f(x), x, the open slot's two and m − 1 older pairs; write the newest pair and the open slot."""
+    slots, lanes = entry.arguments["SLOTS"], entry.arguments["LANES"]
+    states = (4 + 2 * (slots - 2) + 4) * batch * entries * BYTES[entry.dtype]
+    return states + batch * (3 * lanes * 8 + 4 * 8)
+
+
+def _broyden_residual_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
+    """Each entry: four differences, three squares, and three products with each pair, in float64."""
+    return {"fp64": (4 + 6 + 6 * (entry.arguments["SLOTS"] - 1)) * batch * entries}
+
+
+def _broyden_advance_traffic(entry: Entry, batch: int, entries: int) -> int:
+    """Read m changes and f(x), write x; read x and write it to best, as a step that improves does.
+
+    M is read once and one row and column of it are written; so is the record.
+    """
+    slots, lanes = entry.arguments["SLOTS"], entry.arguments["LANES"]
+    states = (slots + 3) * batch * entries * BYTES[entry.dtype]
+    return states + batch * (3 * lanes * 8 + (slots * slots + 3 * slots + 1) * 8 + 11 * 8)
+
+
+def _broyden_advance_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
+    """Each entry: m products; each sample: one elimination in float64, about 2 m³."""
+    slots = entry.arguments["SLOTS"]
+    work = {"fp64": 2 * slots**3 * batch}
+    work[_unit(entry)] = work.get(_unit(entry), 0) + 2 * slots * batch * entries
+    return work
+
+
 # --------------------------------------------------------------------------------------------- Jacobian
 
 
@@ -276,14 +347,14 @@ def _unit(entry: Entry) -> str:
     return "fp64" if entry.dtype == "fp64" else "fp32"
 
 
-def _traded(entry: Entry) -> Entry:
-    """Allow two spilled registers.
+def _traded(entry: Entry, spilled: int = 8) -> Entry:
+    """Allow a few spilled registers, two by default.
 
-    The ptxas of some versions of Triton (12.8 with 3.6.0, 12.9 with 3.9.0) spills one or two for a step
-    of occupancy on sm_90, with registers to spare: given a bound by `maxnreg`, even 168, it spills none
-    and takes about 13 more.
+    The ptxas of some versions of Triton (12.8 with 3.6.0, 12.9 with 3.9.0) spills some for a step of
+    occupancy, with registers to spare: given a bound by `maxnreg`, even 168 where it would take 80, it
+    spills none and takes about 13 more.
     """
-    return replace(entry, budget=replace(entry.budget, spilled=8))
+    return replace(entry, budget=replace(entry.budget, spilled=spilled))
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -302,6 +373,15 @@ ENTRIES: tuple[Entry, ...] = (
     _advance("fp32", 6, over_batch=True, note="over batch"),
     _advance("fp32", 10, ONE_LARGE, "one sample"),
     _traded(_advance("bf16", 6, ODD, "odd N,absolute ridge", relative_ridge=False)),
+    _broyden("residual", "fp32", 10, _in_blocks_of(1024, 16, MANY)),
+    _broyden("residual", "bf16", 10, MANY),
+    _traded(_broyden("residual", "fp64", 5, _in_blocks_of(512, 32, MANY)), 24),
+    _broyden("residual", "bf16", 10, ODD, "odd N"),
+    _traded(_broyden("advance", "fp32", 10, _in_blocks_of(1024, 16, MANY))),
+    _broyden("advance", "bf16", 10, MANY),
+    _traded(_broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY))),
+    _broyden("advance", "bf16", 10, ODD, "odd N"),
+    _broyden("advance", "fp32", 10, _in_blocks_of(1024, 256, ONE_LARGE), "one sample"),
     _probe("fp32", "gaussian", (64, 16384)),
     # A wave of 64 threads leaves each of them 4 entries of a block of 1024: 8 bytes.
     _probe("bf16", "gaussian", (64, 16384), budget=Budget(store=8)),
@@ -315,13 +395,15 @@ ENTRIES: tuple[Entry, ...] = (
 
 STEPS: Mapping[str, tuple[str, ...]] = {
     f"{solver} step [{dtype},m={history}]": tuple(
-        f"anderson_{part}[{dtype},m={history}]" for part in ("residual", "advance")
+        f"{op}_{part}[{dtype},m={history}]" for part in ("residual", "advance")
     )
-    for solver, dtype, history in (
-        ("Anderson", "fp32", 6),
-        ("Anderson", "bf16", 6),
-        ("Anderson", "fp64", 6),
-        ("Picard", "fp32", 1),
+    for solver, op, dtype, history in (
+        ("Anderson", "anderson", "fp32", 6),
+        ("Anderson", "anderson", "bf16", 6),
+        ("Anderson", "anderson", "fp64", 6),
+        ("Picard", "anderson", "fp32", 1),
+        ("Broyden", "broyden", "fp32", 10),
+        ("Broyden", "broyden", "bf16", 10),
     )
 }
 """What a solver launches in one step, beside f."""

@@ -50,6 +50,100 @@ def judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE: tl.co
 
 
 @triton.jit
+def sample_sums(dots_ptr, sample, parts, lanes, STRIDE: tl.constexpr, PARTS: tl.constexpr):
+    """Add one sample's partial sums at `lanes` in float64, in a fixed order: a vector like `lanes`.
+
+    dots: [B, parts, STRIDE]
+    """
+    index = tl.arange(0, PARTS)
+    offsets = (sample * parts + index)[:, None] * STRIDE + lanes[None, :]
+    partial = tl.load(dots_ptr + offsets, mask=(index < parts)[:, None], other=0)
+    return tl.sum(partial, axis=0)
+
+
+@triton.jit
+def batch_sums(dots_ptr, before_ptr, B, parts, residual_lane, value_lane, STRIDE: tl.constexpr):
+    """`‖G‖²` and `‖f‖²` over all running finite samples, in float64 and in a fixed order."""
+    residual_sq = tl.full((), 0.0, tl.float64)
+    value_sq = tl.full((), 0.0, tl.float64)
+    for first in range(0, B, 128):
+        samples = first + tl.arange(0, 128)
+        inside = samples < B
+        each_residual = tl.zeros([128], dtype=tl.float64)
+        each_value = tl.zeros([128], dtype=tl.float64)
+        for part in range(parts):
+            offsets = (samples * parts + part) * STRIDE
+            each_residual += tl.load(dots_ptr + offsets + residual_lane, mask=inside, other=0)
+            each_value += tl.load(dots_ptr + offsets + value_lane, mask=inside, other=0)
+        status = tl.load(before_ptr + STATUS * B + samples, mask=inside, other=-1)
+        counted = (status == RUNNING) & is_finite(each_residual) & is_finite(each_value)
+        residual_sq += tl.sum(tl.where(counted, each_residual, 0), axis=0)
+        value_sq += tl.sum(tl.where(counted, each_value, 0), axis=0)
+    return residual_sq, value_sq
+
+
+@triton.jit
+def snapshot(record_ptr, before_ptr, B, sample):
+    """Copy the rows of the record that a step's last kernel both reads and renews.
+
+    Its programs of one sample run side by side, so they may not read what one of them writes.
+    """
+    tl.store(before_ptr + STATUS * B + sample, tl.load(record_ptr + STATUS * B + sample))
+    tl.store(before_ptr + COUNT * B + sample, tl.load(record_ptr + COUNT * B + sample))
+    tl.store(before_ptr + BEST * B + sample, tl.load(record_ptr + BEST * B + sample))
+
+
+@triton.jit
+def judge_sample(record_ptr, before_ptr, B, sample, residual_sq, value_sq, finite, RELATIVE: tl.constexpr):
+    """`judge` with what the record knows of the sample: (status, residual, improved, limit)."""
+    # 0 until the first step. Whether part 0 has stored it already or not, every program gets the same.
+    limit = tl.load(record_ptr + LIMIT * B + sample)
+    limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
+    best = tl.load(before_ptr + BEST * B + sample)
+    tolerance = tl.load(record_ptr + TOLERANCE * B + sample)
+    status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
+    return status, residual, improved, limit
+
+
+@triton.jit
+def write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit):
+    """The judgement into the record, and 1 into `active[step]` if the sample goes on."""
+    tl.store(record_ptr + STATUS * B + sample, status)
+    tl.store(record_ptr + STEPS * B + sample, step + 1)
+    tl.store(record_ptr + LIMIT * B + sample, limit)
+    if finite:
+        tl.store(record_ptr + RESIDUAL * B + sample, residual)
+    if improved:
+        tl.store(record_ptr + BEST * B + sample, residual)
+    if status == RUNNING:
+        tl.store(active_ptr + step, 1)
+
+
+@triton.jit
+def solve_pivoted(matrix, rhs, lanes, SIZE: tl.constexpr):
+    """Solve the leading SIZE×SIZE system of a small `matrix` `[P, P]` by Gauss-Jordan with row pivoting.
+
+    Rows stay where they are: `order` tells which unknown a row was the pivot of. Entries beyond SIZE are 0.
+    A singular matrix gives entries that are not finite.
+    """
+    order = tl.full(rhs.shape, -1, tl.int32)
+    for k in tl.static_range(SIZE):
+        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
+        size = tl.where((order < 0) & (lanes < SIZE), tl.abs(column), -1.0)
+        # NaN compares as false everywhere: then no lane is chosen, and the division below gives NaN.
+        lane = tl.min(tl.where(size == tl.max(size, axis=0), lanes, SIZE), axis=0)
+        order = tl.where(lanes == lane, k, order)
+        pivot_row = tl.sum(tl.where(lanes[:, None] == lane, matrix, 0), axis=0)
+        factor = tl.where(lanes == lane, 0, column / pick(pivot_row, lanes, k))
+        matrix -= factor[:, None] * pivot_row[None, :]
+        rhs -= factor * pick(rhs, lanes, lane)
+    found = order[:, None] == lanes[None, :]
+    diagonal = tl.sum(tl.where(found, matrix, 0), axis=1)
+    solution = rhs / tl.where(order < 0, 1.0, diagonal)
+    return tl.sum(tl.where(found, solution[:, None], 0), axis=0)
+
+
+@triton.jit
 def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
     """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[P, P]` by Gauss-Jordan elimination.
 

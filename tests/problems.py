@@ -1,5 +1,6 @@
 """Fixed-point problems with known answers."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,3 +37,11 @@ def recomputed_residual(f, z: Tensor, kind: str = "relative") -> Tensor:
         value = f(z).double().flatten(1)
     norm = (value - z.double().flatten(1)).norm(dim=1)
     return norm / value.norm(dim=1) if kind == "relative" else norm
+
+
+def bratu(size: int, strength: float = 3.0):
+    """`−Δu = λ exp(u)` on the unit square by five-point differences, as `u = (−Δ)⁻¹ λ exp(u)`."""
+    line = 2 * np.eye(size) - np.eye(size, k=1) - np.eye(size, k=-1)
+    laplacian = (size + 1) ** 2 * (np.kron(line, np.eye(size)) + np.kron(np.eye(size), line))
+    inverse = torch.from_numpy(np.linalg.inv(laplacian))
+    return lambda z: strength * z.exp() @ inverse, torch.zeros(1, size * size, dtype=torch.float64)

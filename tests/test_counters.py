@@ -13,6 +13,9 @@ FULL = {"tol": 0, "max_steps": HISTORY + 3}
 """Every step, until the history has been full for a while."""
 
 
+SOLVERS = {"anderson": td.Anderson(history=HISTORY), "broyden": td.Broyden(memory=HISTORY)}
+
+
 def problem(device: str, dtype=torch.float32, gains=(0.5, 0.5)):
     """`z ↦ tanh(w z + b)` with random w up to a gain for each sample, and a start."""
     weight = torch.rand(BATCH, SIZE) * torch.tensor(gains)[:, None]
@@ -27,17 +30,18 @@ def steps_of(f, z0, solver=None, **options):
     return counter.steps[1:-1]
 
 
-def test_budgets_of_an_anderson_step(device, backend):
+@pytest.mark.parametrize("name", SOLVERS)
+def test_budgets_of_a_step(name, device, backend):
     """Two launches and next to no operators by the kernels; one look by the host; no new state-sized tensor.
 
     The operators beside the kernels are the flag that the host looks at: on a GPU its buffer and its copy.
     """
     f, z0 = problem(device)
-    for step in steps_of(f, z0, **FULL, backend=backend):
+    for step in steps_of(f, z0, SOLVERS[name], **FULL, backend=backend):
         assert len(step.reads) <= 1, step.reads
         assert step.allocated == []
         if backend == "triton":
-            assert step.launches == ["anderson_residual_kernel", "anderson_advance_kernel"]
+            assert step.launches == [f"{name}_residual_kernel", f"{name}_advance_kernel"]
             assert step.operators.total() <= 2
         else:
             assert step.launches == []
@@ -81,6 +85,20 @@ def test_a_step_moves_no_more_bytes_than_it_must(device, backend, mixing):
         assert step.moved <= (limit + 0.2) * state_bytes
 
 
+def test_a_broyden_step_moves_no_more_bytes_than_it_must(device, backend):
+    """Kernels: 3m + 10 states. The residual kernel reads f, x, the open slot's two and m − 1 pairs and writes
+    the newest pair and the open slot; the other reads x, f and m changes and writes the best and x.
+
+    The reference: 3m + 25.
+    """
+    if backend == "triton" and not interpreting():
+        pytest.skip("a compiled kernel does not tell what it loads")
+    f, z0 = problem(device)
+    limit = 3 * HISTORY + (10 if backend == "triton" else 25)
+    for step in steps_of(f, z0, SOLVERS["broyden"], tol=0, max_steps=HISTORY + 4, backend=backend):
+        assert step.moved <= (limit + 0.35) * z0.numel() * z0.element_size()
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ["bf16", "fp64"])
 def test_a_full_step_moves_what_the_catalog_says(device, dtype):
@@ -105,9 +123,10 @@ def test_a_frozen_sample_moves_nothing(device):
     assert steps[-1].moved <= (2 * HISTORY + 6 + 0.2) * SIZE * z0.element_size()
 
 
-def test_no_allocation_either_while_some_samples_are_frozen(device, backend):
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_no_allocation_either_while_some_samples_are_frozen(solver, device, backend):
     f, z0 = problem(device, gains=(0.0, 1.0))
-    steps = steps_of(f, z0, tol=1e-5, max_steps=HISTORY, backend=backend)
+    steps = steps_of(f, z0, solver, tol=1e-5, max_steps=HISTORY, backend=backend)
     assert [step.allocated for step in steps] == [[]] * (HISTORY - 1)
 
 
@@ -135,6 +154,20 @@ def test_peak_memory_is_the_history(device, backend):
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
         td.solve(f, z0, td.Anderson(history=HISTORY), **FULL, backend=backend)
     limit = 2 * HISTORY + 6 + (backend == "reference")
+    assert counter.peak - before <= (limit + 0.2) * z0.numel() * z0.element_size()
+
+
+def test_peak_memory_of_broyden_is_its_pairs(device, backend):
+    """2m + 2 states of rings, x and the best, f's value: 2m + 5. Counted with them: z0, f's own temporary.
+
+    The reference has two more to compute in, but only for a block of samples at a time, of which this state
+    is one.
+    """
+    f, z0 = problem(device)
+    with Counter(z0) as counter:
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        td.solve(f, z0, SOLVERS["broyden"], tol=0, max_steps=HISTORY + 3, backend=backend)
+    limit = 2 * HISTORY + 5 + 2 + (2 if backend == "reference" else 0)
     assert counter.peak - before <= (limit + 0.2) * z0.numel() * z0.element_size()
 
 

@@ -17,7 +17,7 @@ def gradients_of(z, *leaves):
     return torch.autograd.grad((z.sin() * torch.linspace(1, 2, z.shape[-1], dtype=z.dtype)).sum(), leaves)
 
 
-@pytest.mark.parametrize("solver", [td.Anderson(), td.Picard()], ids=str)
+@pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden(), td.Picard()], ids=str)
 def test_implicit_gradient_is_the_theorems(solver):
     """(I − J)⁻ᵀ by a dense solve for each sample."""
     f, weight, bias = tanh_map(3, 6)

@@ -112,7 +112,7 @@ class Recorder:
 
 def call_op(entry: Entry, device: str) -> None:
     """Call the op that launches `entry`'s kernel as its name says."""
-    from triton_deq.ops import anderson, jacobian
+    from triton_deq.ops import anderson, broyden, jacobian
 
     values = entry.arguments
     state_like = torch.zeros(entry.shape, dtype=DTYPES[entry.dtype], device=device)
@@ -123,6 +123,14 @@ def call_op(entry: Entry, device: str) -> None:
         distribution = "gaussian" if values["GAUSSIAN"] else "rademacher"
         seed = torch.zeros(1, dtype=torch.int64, device=device)
         jacobian.probe(state_like, seed, values["index"], distribution, "triton")
+    elif entry.op == "broyden":
+        step = values["SLOTS"]
+        state = broyden.broyden_start(state_like, step - 1, 1e-3, step + 2, "triton")
+        if kernel == "broyden_residual":
+            broyden.broyden_residual(state, state_like, step, "triton")
+        else:
+            rule = {"relative": values["RELATIVE"], "over_batch": values["OVER_BATCH"], "last": False}
+            broyden.broyden_advance(state, step, **rule, backend="triton")
     else:
         history = values["HISTORY"]
         state = anderson.anderson_start(state_like, history, 1e-3, history + 2, "triton")

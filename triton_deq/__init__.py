@@ -7,7 +7,7 @@ from .cells import MLPCell
 from .deq import DEQ, DEQOutput
 from .gradients import ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
 from .jacobian import JacobianPenalty, jacobian_norm, spectral_radius
-from .solvers import Anderson, NotConverged, Picard, Solution, solve
+from .solvers import Anderson, Broyden, NotConverged, Picard, Solution, solve
 from .status import Status
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEQ",
     "Anderson",
+    "Broyden",
     "DEQOutput",
     "ImplicitGradient",
     "JacobianPenalty",

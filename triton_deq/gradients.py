@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .checks import check_count, check_number, check_state
-from .solvers import Anderson, Solution, Solver, solve
-from .solvers.loop import check_solver
+from .checks import check_choice, check_count, check_number, check_state
+from .solvers import Anderson, Broyden, Solution, Solver, solve
+from .solvers.loop import Layout, check_solver, solve_and_keep
 from .solvers.stopping import Stopping
 from .solvers.unrolled import unrolled_solve
 
@@ -45,9 +45,13 @@ class ImplicitGradient:
         throw: raise `NotConverged` in the backward pass where u did not reach the tolerance.
         warm_start: start at the u of the last backward pass of this record, if that had the same shape, dtype
             and device: for batches that repeat. Give each DEQ a record of its own.
+        shine: with a `Broyden` forward, use its estimate of the inverse Jacobian as SHINE does (Ramzi et al.,
+            arXiv 2106.00553): "start" begins the solve for u there; "alone" takes it for u, without any
+            vector-Jacobian product and without a `Solution.backward`: cheap, and as good as the estimate is.
+            Until the backward pass the pairs of the forward solve stay in memory.
 
     Raises:
-        TypeError, ValueError: a field that cannot be.
+        TypeError, ValueError: a field that cannot be; `shine` with a forward solver other than Broyden.
     """
 
     solver: Solver = field(default_factory=Anderson)
@@ -55,20 +59,46 @@ class ImplicitGradient:
     max_steps: int = 30
     throw: bool = False
     warm_start: bool = False
+    shine: str | None = None
     _last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         check_solver("solver", self.solver)
         Stopping(self.tol, self.max_steps)
+        if self.shine is not None:
+            check_choice("shine", self.shine, ("start", "alone"))
+            if self.warm_start:
+                raise ValueError(
+                    f"shine={self.shine!r} and warm_start=True both say where u starts: give one"
+                )
 
     def fixed_point(
         self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
     ) -> tuple[Tensor, Solution]:
-        solution = solve(f, z0, solver, backend=backend, **options)
+        if self.shine is not None and not isinstance(solver, Broyden):
+            raise TypeError(
+                f"shine={self.shine!r} reuses the inverse Jacobian of td.Broyden, and solver={solver!r} "
+                "keeps none: give solver=td.Broyden() or leave shine out"
+            )
+        solution, state = solve_and_keep(f, z0, solver, backend=backend, **options)
         at = solution.value.detach().requires_grad_()
         value = f(at)
-        adjoint = _Adjoint(self, solution, backend)
-        return _ImplicitFunction.apply(value, at, adjoint), solution
+        estimate = None
+        if isinstance(solver, Broyden) and self.shine is not None and state is not None:
+            estimate = _Estimate(solver, state, Layout(at))
+        return _ImplicitFunction.apply(value, at, _Adjoint(self, solution, backend, estimate)), solution
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """`u ≈ g (I − J)⁻¹` from what a Broyden solve has left behind."""
+
+    solver: Broyden
+    state: Any
+    layout: Layout
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return self.layout.unrows(self.solver.adjoint(self.state, self.layout.rows(grad)))
 
 
 @dataclass(frozen=True)
@@ -78,10 +108,13 @@ class _Adjoint:
     gradient: ImplicitGradient
     forward: Solution
     backend: str
+    estimate: _Estimate | None
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
         """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
         gradient = self.gradient
+        if gradient.shine == "alone" and self.estimate is not None:
+            return self.estimate(grad)
         solution = solve(
             lambda u: product(u) + grad,
             self._start(grad),
@@ -97,6 +130,8 @@ class _Adjoint:
         return solution.value
 
     def _start(self, grad: Tensor) -> Tensor:
+        if self.estimate is not None:
+            return self.estimate(grad)
         last = self.gradient._last.get("u")
         alike = last is not None and (last.shape, last.dtype, last.device) == (
             grad.shape,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .checks import parse_count
 from .reference import anderson as reference_anderson
+from .reference import broyden as reference_broyden
 from .reference import jacobian as reference_jacobian
 from .reference.record import Record
 from .status import Status
@@ -113,18 +114,8 @@ def check_anderson(
     for buffer in (state.residuals, state.iterates, state.dots):
         buffer.fill_(math.nan)
 
-    errors: dict[tuple[str, str], float] = {}
-
-    def hold(kernel: str, quantity: str, error: float) -> None:
-        errors[kernel, quantity] = max(errors.get((kernel, quantity), 0.0), error)
-
-    for step in range(steps):
-        fx = case.randn(batch, entries, stream=step + 1)
-        if batch > 1 and step == 1:
-            state.record.status[0] = Status.CONVERGED
-        if batch > 2 and step == 2:
-            fx[1] = math.nan
-
+    held = _Held("anderson")
+    for step, fx in enumerate(_values(case, state.record, steps)):
         expected = _in_float64(state)
         op.anderson_residual(state, fx, step, mixing, "triton")
         reference_anderson.anderson_residual(expected, fx.double(), step, mixing)
@@ -136,29 +127,63 @@ def check_anderson(
             ("iterate", state.iterates[slot], expected.iterates[slot]),
             ("dots", state.dots.double().sum(1)[:, columns], expected.dots[:, 0, columns]),
         ):
-            hold("anderson_residual", quantity, relative_error(out.cpu()[running], wanted.cpu()[running]))
+            held.add("anderson_residual", quantity, relative_error(out.cpu()[running], wanted.cpu()[running]))
 
         expected = _in_float64(state)
         op.anderson_advance(state, step, **rule, last=False, backend="triton")
         reference_anderson.anderson_advance(expected, step, **rule, last=False)
-        moving = state.record.status.cpu() == Status.MAX_STEPS
         for quantity, out, wanted in (
             ("x", state.x, expected.x),
             ("best", state.best, expected.best),
             ("gram", state.gram.cpu()[running], expected.gram.cpu()[running]),
-            ("residuals", state.record.residual, expected.record.residual),
-            ("best of", state.record.best, expected.record.best),
-            ("limit", state.record.limit, expected.record.limit),
-            ("steps", state.record.steps, expected.record.steps),
-            ("count", state.record.count.cpu()[moving], expected.record.count[moving]),
         ):
-            hold("anderson_advance", quantity, relative_error(out, wanted))
-        differing = (state.record.status.cpu() != expected.record.status).sum().item()
-        hold("anderson_advance", "status", float(differing))
+            held.add("anderson_advance", quantity, relative_error(out, wanted))
+        held.add_record("anderson_advance", state.record, expected.record)
+    yield from held.rows(case)
 
-    for (kernel, quantity), error in errors.items():
-        bound = 0.0 if quantity == "status" else _bound(case, quantity)
-        yield _row(case, "anderson", kernel, quantity, error, bound)
+
+def check_broyden(
+    case: Case, memory: int = 3, steps: int = 6, *, relative: bool = True, over_batch: bool = False
+) -> Iterator[Row]:
+    """Both Broyden kernels over a few steps, as `check_anderson` does it.
+
+    With random values of f no pair is close to another, so M is well conditioned.
+    """
+    from .ops import broyden as op
+
+    rule: dict[str, Any] = {"relative": relative, "over_batch": over_batch, "last": False}
+    state = op.broyden_start(case.randn(*case.shape), memory, 1e-3, steps + 1, "triton")
+    for buffer in (state.moves, state.changes, state.dots):
+        buffer.fill_(math.nan)
+
+    held, slots = _Held("broyden"), state.slots
+    for step, fx in enumerate(_values(case, state.record, steps)):
+        expected = _broyden_in_float64(state)
+        op.broyden_residual(state, fx, step, "triton")
+        reference_broyden.broyden_residual(expected, fx.double(), step)
+        running = state.record.status.cpu() == Status.MAX_STEPS
+        written = [(step - 1) % slots, step % slots] if step else [0]
+        closed = [slot for slot in range(min(step + 1, slots)) if slot != step % slots]
+        for quantity, out, wanted in (
+            ("move", state.moves[written].transpose(0, 1), expected.moves[written].transpose(0, 1)),
+            ("change", state.changes[written].transpose(0, 1), expected.changes[written].transpose(0, 1)),
+            ("products", state.dots.sum(1)[:, :, closed], _products(state, fx, step)[:, :, closed]),
+            ("norms", state.dots.sum(1)[:, :2, slots], expected.dots[:, 0, :2, slots]),
+        ):
+            held.add("broyden_residual", quantity, relative_error(out.cpu()[running], wanted.cpu()[running]))
+
+        expected = _broyden_in_float64(state)
+        op.broyden_advance(state, step, **rule, backend="triton")
+        reference_broyden.broyden_advance(expected, step, **rule)
+        for quantity, out, wanted in (
+            ("x", state.x, expected.x),
+            ("best", state.best, expected.best),
+            ("matrix", state.matrix[:, closed][:, :, closed], expected.matrix[:, closed][:, :, closed]),
+            ("squares", state.squares, expected.squares),
+        ):
+            held.add("broyden_advance", quantity, relative_error(out.cpu()[running], wanted.cpu()[running]))
+        held.add_record("broyden_advance", state.record, expected.record)
+    yield from held.rows(case)
 
 
 def check_probe(case: Case) -> Iterator[Row]:
@@ -189,8 +214,59 @@ def check_squared_norm(case: Case) -> Iterator[Row]:
     yield _row(case, "jacobian", "squared_norm", "gradient", relative_error(grad, wanted_grad))
 
 
+def _products(state: reference_broyden.BroydenState, fx: Tensor, step: int) -> Tensor:
+    """`dots` `[B, 3, slots]` from the pairs as they are stored, rounding included: differences cancel."""
+    moves, changes = state.moves.double().transpose(0, 1), state.changes.double().transpose(0, 1)
+    newest = (step - 1) % state.slots
+    move = moves[:, newest]
+    right = ((moves, fx.double() - state.x.double()), (moves, move - changes[:, newest]), (changes, move))
+    return torch.stack([torch.einsum("bin,bn->bi", ring, vector) for ring, vector in right], dim=1)
+
+
+class _Held:
+    """The largest error of each quantity over the steps of one check."""
+
+    def __init__(self, op: str):
+        self._op = op
+        self._errors: dict[tuple[str, str], float] = {}
+
+    def add(self, kernel: str, quantity: str, error: float) -> None:
+        self._errors[kernel, quantity] = max(self._errors.get((kernel, quantity), 0.0), error)
+
+    def add_record(self, kernel: str, record: Record, expected: Record) -> None:
+        moving = record.status.cpu() == Status.MAX_STEPS
+        for quantity, out, wanted in (
+            ("residuals", record.residual, expected.residual),
+            ("best of", record.best, expected.best),
+            ("limit", record.limit, expected.limit),
+            ("steps", record.steps, expected.steps),
+            ("count", record.count.cpu()[moving], expected.count[moving]),
+        ):
+            self.add(kernel, quantity, relative_error(out, wanted))
+        differing = (record.status.cpu() != expected.status).sum().item()
+        self.add(kernel, "status", float(differing))
+
+    def rows(self, case: Case) -> Iterator[Row]:
+        for (kernel, quantity), error in self._errors.items():
+            bound = 0.0 if quantity == "status" else _bound(case, quantity)
+            yield _row(case, self._op, kernel, quantity, error, bound)
+
+
+def _values(case: Case, record: Record, steps: int) -> Iterator[Tensor]:
+    """Random values of f. One sample is made to stop on the way, and one meets a NaN."""
+    batch, entries = case.shape
+    for step in range(steps):
+        fx = case.randn(batch, entries, stream=step + 1)
+        if batch > 1 and step == 1:
+            record.status[0] = Status.CONVERGED
+        if batch > 2 and step == 2:
+            fx[1] = math.nan
+        yield fx
+
+
 CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "anderson": check_anderson,
+    "broyden": check_broyden,
     "probe": check_probe,
     "squared_norm": check_squared_norm,
 }
@@ -198,27 +274,49 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
 
 def _in_float64(state: reference_anderson.AndersonState) -> reference_anderson.AndersonState:
     """A copy of a kernel's state that the reference can go on from."""
-    batch, history = state.x.shape[0], state.history
-    record = Record(batch, 1.0, torch.device("cpu"))
-    record.data.copy_(state.record.data)
+    history = state.history
     return reference_anderson.AndersonState(
-        x=state.x.double(),
-        best=state.best.double(),
-        residuals=state.residuals.double(),
-        iterates=state.iterates.double(),
-        gram=state.gram.clone(),
+        x=state.x.to(torch.float64, copy=True),
+        best=state.best.to(torch.float64, copy=True),
+        residuals=state.residuals.to(torch.float64, copy=True),
+        iterates=state.iterates.to(torch.float64, copy=True),
+        gram=state.gram.cpu().clone(),
         dots=state.dots.double().sum(1, keepdim=True)[..., : history + 1].contiguous(),
-        record=record,
+        record=_copied(state.record),
         before=state.before,
         active=state.active,
         spare=torch.empty_like(state.x, dtype=torch.float64),
     )
 
 
+def _broyden_in_float64(state: reference_broyden.BroydenState) -> reference_broyden.BroydenState:
+    batch, entries = state.x.shape
+    return reference_broyden.BroydenState(
+        x=state.x.to(torch.float64, copy=True),
+        best=state.best.to(torch.float64, copy=True),
+        moves=state.moves.to(torch.float64, copy=True),
+        changes=state.changes.to(torch.float64, copy=True),
+        matrix=state.matrix.cpu().clone(),
+        squares=state.squares.cpu().clone(),
+        dots=state.dots.sum(1, keepdim=True)[..., : state.slots + 1].contiguous(),
+        record=_copied(state.record),
+        before=state.before,
+        active=state.active,
+        spare=state.x.new_empty((batch, 2, entries), dtype=torch.float64),
+    )
+
+
+def _copied(record: Record) -> Record:
+    """A copy on the host."""
+    copy = Record(record.data.shape[1], 1.0, torch.device("cpu"))
+    copy.data.copy_(record.data)
+    return copy
+
+
 def _bound(case: Case, quantity: str) -> float:
     """The decision runs in float64 whatever the state's dtype, so its quantities are held to that."""
-    in_state_dtype = quantity in ("residual", "iterate", "dots", "x", "best")
-    return BOUNDS[_name(case.dtype)] if in_state_dtype else BOUNDS["float64"]
+    decided = quantity in ("gram", "matrix", "squares", "residuals", "best of", "limit", "steps", "count")
+    return BOUNDS["float64" if decided else _name(case.dtype)]
 
 
 def _row(case: Case, op: str, kernel: str, quantity: str, error: float, bound: float | None = None) -> Row:

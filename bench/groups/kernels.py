@@ -13,6 +13,7 @@ from ..timing import Call, graphed
 from .step import GPU_SHAPES, HISTORY, SHAPES
 
 GROUP = "kernels"
+MEMORY = 10
 RULE: dict[str, Any] = {
     "relative": True,
     "over_batch": False,
@@ -20,6 +21,7 @@ RULE: dict[str, Any] = {
     "relative_ridge": True,
     "last": False,
 }
+BROYDEN_RULE: dict[str, Any] = {"relative": True, "over_batch": False, "last": False}
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -30,6 +32,8 @@ def cases(setting: Setting) -> Iterator[Case]:
             for op, kernel, call, peers in (
                 ("anderson_residual", f"[{name},m={HISTORY}]", _residual, {"torch": _residual_torch}),
                 ("anderson_advance", f"[{name},m={HISTORY}]", _advance, {"torch": _advance_torch}),
+                ("broyden_residual", f"[{name},m={MEMORY}]", _broyden_residual, {"torch": _pairs_torch}),
+                ("broyden_advance", f"[{name},m={MEMORY}]", _broyden_advance, {"torch": _update_torch}),
                 ("probe", f"[{name},gaussian]", _probe, {"torch": _probe_torch}),
                 ("squared_norm", f"[{name}]", _squared_norm, {"torch": _squared_norm_torch}),
             ):
@@ -131,6 +135,79 @@ def _advance_torch(randn, batch: int, entries: int) -> Call:
         weights = torch.linalg.solve_ex(gram, ones)[0]
         weights = weights / weights.sum(1, keepdim=True)
         x.copy_(torch.einsum("bm,mbn->bn", weights[..., 0].to(x.dtype), iterates))
+        return improved.any()
+
+    return call
+
+
+def _full_broyden(randn: Callable[..., Tensor], batch: int, entries: int, backend: str) -> tuple[Any, int]:
+    """A Broyden state whose memory is full, and the step it is at."""
+    from triton_deq.ops.broyden import broyden_advance, broyden_residual, broyden_start
+
+    state = broyden_start(randn(batch, entries), MEMORY, 0.0, MEMORY + 3, backend)
+    for step in range(MEMORY + 1):
+        broyden_residual(state, randn(batch, entries), step, backend)
+        broyden_advance(state, step, **BROYDEN_RULE, backend=backend)
+    return state, MEMORY + 1
+
+
+def _broyden_residual(randn, batch: int, entries: int, backend: str) -> Call:
+    """The state's pairs lose their meaning from call to call, not their size."""
+    from triton_deq.ops.broyden import broyden_residual
+
+    state, step = _full_broyden(randn, batch, entries, backend)
+    fx = randn(batch, entries)
+    return lambda: broyden_residual(state, fx, step, backend)
+
+
+def _pairs_torch(randn, batch: int, entries: int) -> Call:
+    x, fx = randn(batch, entries), randn(batch, entries)
+    moves, changes = randn(MEMORY + 1, batch, entries), randn(MEMORY + 1, batch, entries)
+
+    def call() -> tuple[Tensor, ...]:
+        move, change = x - moves[0], fx - changes[0]
+        moves[0], changes[0], moves[1], changes[1] = move, change, x, fx
+        right = torch.stack((fx - x, move - change))
+        return (
+            torch.einsum("mbn,kbn->bkm", moves, right),
+            torch.einsum("mbn,bn->bm", changes, move),
+            move.square().sum(1),
+            fx.square().sum(1),
+            right[0].square().sum(1),
+        )
+
+    return call
+
+
+def _broyden_advance(randn, batch: int, entries: int, backend: str) -> Call:
+    """Each call finds a residual that is better than the best so far, so it copies x to `best`."""
+    from triton_deq.ops.broyden import broyden_advance, broyden_residual
+    from triton_deq.reference.record import BEST
+
+    state, step = _full_broyden(randn, batch, entries, backend)
+    state.record.best.fill_(torch.inf)
+    broyden_residual(state, randn(batch, entries), step, backend)
+    best = state.record.data[BEST] if backend == "reference" else state.before[BEST]
+
+    def call() -> None:
+        if backend == "reference":  # it keeps its best in the record at once
+            best.fill_(torch.inf)
+        broyden_advance(state, step, **BROYDEN_RULE, backend=backend)
+
+    return call
+
+
+def _update_torch(randn, batch: int, entries: int) -> Call:
+    x, fx, changes = randn(batch, entries), randn(batch, entries), randn(MEMORY, batch, entries)
+    best = torch.empty_like(x)
+    matrix, right = randn(batch, MEMORY, MEMORY).float(), randn(batch, MEMORY, 1).float()
+    lowest = right.new_full((batch,), torch.inf)
+
+    def call() -> Tensor:
+        improved = right[:, 0, 0] < lowest
+        best.copy_(torch.where(improved[:, None], x, best))
+        coefficients = torch.linalg.solve_ex(matrix, right)[0][..., 0].to(x.dtype)
+        x.copy_(fx + torch.einsum("bm,mbn->bn", coefficients, changes))
         return improved.any()
 
     return call

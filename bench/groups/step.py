@@ -1,4 +1,4 @@
-"""A fixed number of Anderson steps on an f that costs next to nothing: what the solver itself costs.
+"""A fixed number of steps of a solver on an f that costs next to nothing: what the solver itself costs.
 
 Time beyond "bare f", which evaluates f as often, divided by the steps, is the solver's own time a step.
 """
@@ -11,7 +11,7 @@ import torch
 import triton_deq as td
 
 from ..cases import Case, Setting, Solved, Variant, ours
-from ..peers import ANDERSON, Peer, Solve
+from ..peers import ANDERSON, BROYDEN, Peer, Solve
 from ..problems import Problem, make
 from ..timing import Call, graphed
 
@@ -22,6 +22,10 @@ SHAPES = {
     "tiny": [(2, 256)],
     "quick": [(32, 1024), (32, 16384)],
     "full": [(32, 1024), (32, 16384), (8, 262144)],
+}
+SOLVERS: dict[str, tuple[td.Anderson | td.Broyden, tuple[Peer, ...]]] = {
+    "anderson": (td.Anderson(history=HISTORY), ANDERSON),
+    "broyden": (td.Broyden(), BROYDEN),
 }
 GPU_SHAPES = {
     "tiny": SHAPES["tiny"],
@@ -34,21 +38,23 @@ def cases(setting: Setting) -> Iterator[Case]:
     dtypes = [torch.float32, torch.bfloat16] if setting.gpu else [torch.float32]
     for shape in (GPU_SHAPES if setting.gpu else SHAPES)[setting.scale]:
         for dtype in dtypes:
-            yield _case(setting, shape, dtype)
+            for op in SOLVERS:
+                yield _case(setting, op, shape, dtype)
 
 
-def _case(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> Case:
+def _case(setting: Setting, op: str, shape: tuple[int, int], dtype: torch.dtype) -> Case:
+    solver, peers = SOLVERS[op]
     problem = make("pointwise", shape, setting.device, dtype, setting.seed)
     steps = 8 if setting.scale == "tiny" else STEPS
     variants = [Variant("bare f", lambda: partial(_bare, problem, steps))]
     for name, backend in ours(setting):
-        variants.append(Variant(name, partial(_ours, problem, steps, backend), backend))
+        variants.append(Variant(name, partial(_ours, problem, solver, steps, backend), backend))
     call = partial(peer_call, problem, steps)
-    for peer in ANDERSON:
+    for peer in peers:
         variants += [Variant(peer.name, partial(loaded, call, peer.load)), *compiled(setting, peer, call)]
     if setting.gpu:
-        variants += _graphs(setting, problem, steps)
-    return Case(GROUP, "anderson", "forward", dtype, shape, tuple(variants), problem)
+        variants += _graphs(setting, problem, op, steps)
+    return Case(GROUP, op, "forward", dtype, shape, tuple(variants), problem)
 
 
 def loaded(call: Callable[[Solve], Call], load: Callable[[], Solve]) -> Call:
@@ -72,9 +78,8 @@ def _bare(problem: Problem, steps: int) -> Solved:
     return Solved(z, steps)
 
 
-def _ours(problem: Problem, steps: int, backend: str) -> Call:
+def _ours(problem: Problem, solver: td.Anderson | td.Broyden, steps: int, backend: str) -> Call:
     def call() -> Solved:
-        solver = td.Anderson(history=HISTORY)
         solution = td.solve(problem.f, problem.z0, solver, tol=0, max_steps=steps, backend=backend)
         return Solved(solution.value, solution.nfe)
 
@@ -89,26 +94,27 @@ def peer_call(problem: Problem, steps: int, solve: Solve) -> Call:
     return call
 
 
-def _graphs(setting: Setting, problem: Problem, steps: int) -> list[Variant]:
+def _graphs(setting: Setting, problem: Problem, op: str, steps: int) -> list[Variant]:
     """All steps in one CUDA graph: no Python, and nobody looks at a residual."""
     from ..peers.textbook import graphable_anderson
 
     calls: dict[str, Call] = {
         "bare f graph": partial(_bare, problem, steps),
-        "triton-deq graph": partial(_steps_of_ops, problem, steps),
-        "textbook graph": peer_call(problem, steps, graphable_anderson),
+        "triton-deq graph": partial(_steps_of_ops, problem, SOLVERS[op][0], steps),
     }
+    if op == "anderson":
+        calls["textbook graph"] = peer_call(problem, steps, graphable_anderson)
     return [
         Variant(name, partial(graphed, call, setting.watch), "cuda graph") for name, call in calls.items()
     ]
 
 
 @torch.no_grad()
-def _steps_of_ops(problem: Problem, steps: int) -> Solved:
+def _steps_of_ops(problem: Problem, solver: td.Anderson | td.Broyden, steps: int) -> Solved:
     """The steps of a solve without the loop's look at the flag, which a graph cannot hold."""
     from triton_deq.solvers.stopping import Stopping
 
-    solver, stopping = td.Anderson(history=HISTORY), Stopping(tol=0, max_steps=steps)
+    stopping = Stopping(tol=0, max_steps=steps)
     state = solver.start(problem.z0, stopping, "triton")
     for step in range(steps):
         solver.step(state, problem.f(state.x), step, stopping, "triton")

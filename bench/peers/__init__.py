@@ -74,7 +74,7 @@ PEERS = (
 )
 
 
-ANDERSON = PEERS[:2]
+ANDERSON, BROYDEN = PEERS[:2], PEERS[2:]
 
 
 def steps_to(solve: Solve, f: Function, z0: Tensor, tol: float, most: int = 60) -> int:

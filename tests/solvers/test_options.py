@@ -88,3 +88,33 @@ class TestBackward:
         warm, *found = self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, warm_start=True), times=2)
         assert warm.backward.nfe < cold.backward.nfe / 2
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+
+
+class TestShine(TestBackward):
+    """The forward Broyden's inverse, alone or as the start of the backward solve."""
+
+    def broyden(self, **fields):
+        return self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, **fields), td.Broyden(memory=30))
+
+    def test_start_needs_fewer_steps_for_the_same_gradient(self):
+        cold, *wanted = self.broyden()
+        warm, *found = self.broyden(shine="start")
+        assert warm.backward.converged.all()
+        assert warm.backward.nfe < cold.backward.nfe
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+
+    def test_alone_is_near_the_gradient_and_solves_nothing(self):
+        _, wanted, _ = self.broyden()
+        solution, found, _ = self.broyden(shine="alone")
+        jacobian_free = self.gradients(td.PhantomGradient(), td.Broyden(memory=30))[1]
+        assert solution.backward is None
+        assert (found - wanted).norm() < 0.5 * (jacobian_free - wanted).norm()
+
+    def test_needs_a_broyden(self):
+        with pytest.raises(TypeError, match=r"shine='start'.*td\.Broyden"):
+            self.gradients(td.ImplicitGradient(shine="start"), td.Anderson())
+
+    @pytest.mark.parametrize("fields", [{"shine": "maybe"}, {"shine": "start", "warm_start": True}])
+    def test_fields_are_checked(self, fields):
+        with pytest.raises(ValueError, match="shine"):
+            td.ImplicitGradient(**fields)

@@ -3,18 +3,19 @@
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from scipy import optimize
 
 import triton_deq as td
-from tests.problems import linear_map, recomputed_residual, tanh_map
+from tests.problems import bratu, linear_map, recomputed_residual, tanh_map
 
 SOLVERS = [
     td.Anderson(),
     td.Anderson(history=3, mixing=0.7),
     td.Anderson(ridge_scale="absolute"),
+    td.Broyden(),
+    td.Broyden(memory=2),
     td.Picard(),
 ]
 
@@ -212,14 +213,6 @@ def test_both_backends_take_the_same_steps(solver, device):
     assert torch.equal(triton.steps, reference.steps)
     assert torch.equal(triton.status, reference.status)
     torch.testing.assert_close(triton.value, reference.value, rtol=1e-9, atol=1e-11)
-
-
-def bratu(size: int, strength: float = 3.0):
-    """`−Δu = λ exp(u)` on the unit square by five-point differences, as `u = (−Δ)⁻¹ λ exp(u)`."""
-    line = 2 * np.eye(size) - np.eye(size, k=1) - np.eye(size, k=-1)
-    laplacian = (size + 1) ** 2 * (np.kron(line, np.eye(size)) + np.kron(np.eye(size), line))
-    inverse = torch.from_numpy(np.linalg.inv(laplacian))
-    return lambda z: strength * z.exp() @ inverse, torch.zeros(1, size * size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("method", [optimize.anderson, optimize.broyden1])

@@ -35,9 +35,9 @@ class Partition:
     block: int
 
 
-def partition(batch: int, entries: int) -> Partition:
-    """Cut rows `[batch, entries]` so that about PROGRAMS programs share the work."""
-    block = min(next_power_of_2(entries), MAX_BLOCK)
+def partition(batch: int, entries: int, most: int = MAX_BLOCK) -> Partition:
+    """Cut rows `[batch, entries]` into blocks of at most `most`, about PROGRAMS programs sharing the work."""
+    block = min(next_power_of_2(entries), most)
     blocks = -(-entries // block)
     wanted = min(max(PROGRAMS // max(batch, 1), 1), MAX_PARTS, blocks)
     chunk = -(-blocks // wanted) * block

@@ -18,21 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..status import RUNNING
 from .record import Record, accumulate_dtype
+from .rows import keep_best, runs, unsafe
 
 WEIGHT_LIMIT = 1e4
 """Σ|α| beyond which the weights amplify rounding more than they help: take a plain step instead."""
 
-
 LEAST_SQUARE = 1e-200
 """What ‖G_i‖² counts as at least, so that a residual of zero has a finite scale."""
-
-SLICE = 4096
-"""Copying one more slice costs about as much as passing over this many entries."""
-
-SAFE = (1e-30, 1e30)
-"""Sums of float32 squares outside this range are taken again in float64."""
 
 
 @dataclass
@@ -133,7 +126,7 @@ def anderson_advance(
     gram[:, :, slot] = row
 
     improved, moving = record.judge(row[:, slot], dots[:, history], relative=relative, over_batch=over_batch)
-    _keep_best(state, improved, moving)
+    keep_best(state, improved, moving)
     if last or not moving.any():
         return bool(moving.any())
 
@@ -144,7 +137,7 @@ def anderson_advance(
 
     alpha = torch.from_numpy(weights[:, None, :]).to(state.iterates)
     ring = state.iterates[:filled].transpose(0, 1)
-    for rows in _runs(moving):
+    for rows in runs(moving):
         if state.x.dtype == ring.dtype:
             torch.bmm(alpha[rows], ring[rows], out=state.x[rows, None, :])
         else:
@@ -158,27 +151,13 @@ def _sum_again(state: AndersonState, dots: NDArray[np.float64], slot: int, fille
     if state.residuals.dtype == torch.float64:
         return
     squares = dots[:, slot :: state.history - slot]  # columns slot and m
-    if squares.min() > SAFE[0] and squares.max() < SAFE[1]:
-        return
-    safe = ((squares > SAFE[0]) & (squares < SAFE[1])).all(axis=1)
-    doubtful = (state.record.status.numpy() == RUNNING) & ~safe
-    for sample in np.flatnonzero(doubtful):
+    for sample in unsafe(squares, state.record):
         if squares[sample, 0] == 0 and not state.residuals[slot, sample].any():
             continue  # truly zero
         ring = state.residuals[:filled, sample].double()
         value = state.x[sample].double() + ring[slot]
         dots[sample, :filled] = (ring @ ring[slot]).cpu().numpy()
         dots[sample, state.history] = value.square().sum().item()
-
-
-def _keep_best(state: AndersonState, improved: NDArray[np.bool_], moving: NDArray[np.bool_]) -> None:
-    """`best[improved] = x[improved]`, leaving x as it is where a sample does not go on."""
-    if improved.all():  # the two buffers change roles, so that nothing is copied
-        state.x, state.best = state.best, state.x
-        for rows in _runs(~moving):
-            state.x[rows] = state.best[rows]
-    else:
-        _assign(state.best, state.x, improved)
 
 
 def _host_weights(
@@ -247,23 +226,3 @@ def _valid_slots(count: NDArray[np.float64], slot: int, filled: int) -> NDArray[
     """`[B, filled]`: slots whose age is below each sample's count."""
     age = (slot - np.arange(filled)) % filled
     return age < count[:, None]
-
-
-def _assign(target: Tensor, source: Tensor, mask: NDArray[np.bool_]) -> None:
-    """`target[mask] = source[mask]` for rows."""
-    runs = _runs(mask)
-    if len(runs) * SLICE > target.numel():
-        torch.where(torch.from_numpy(mask).to(target.device)[:, None], source, target, out=target)
-    else:
-        for rows in runs:
-            target[rows] = source[rows]
-
-
-def _runs(mask: NDArray[np.bool_]) -> list[slice]:
-    """The samples of a mask as slices, so that what is left out is neither read nor written."""
-    if mask.all():
-        return [slice(None)]
-    if not mask.any():
-        return []
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    return [slice(*pair) for pair in edges.reshape(-1, 2).tolist()]

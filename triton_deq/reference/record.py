@@ -41,6 +41,17 @@ class Record:
         # tol = 0 means "take every step", also past a residual that is exactly zero.
         self.tolerance.fill_(tol if tol > 0 else -1.0)
 
+    @property
+    def running(self) -> NDArray[np.bool_]:
+        """`[B]`: which samples have not stopped; `data` must be on the host."""
+        return self.status.numpy() == RUNNING
+
+    def on_host(self) -> "Record":
+        """This record, or a copy of it on the host."""
+        record = Record.__new__(Record)
+        record.data = self.data.cpu()
+        return record
+
     status = property(lambda self: self.data[STATUS])
     count = property(lambda self: self.data[COUNT])
     residual = property(lambda self: self.data[RESIDUAL])

@@ -23,7 +23,6 @@ class Solver(Protocol):
     def step(self, state: Any, fx: Tensor, step: int, stopping: Stopping, backend: str) -> bool | Tensor: ...
 
 
-@torch.no_grad()
 def solve(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
@@ -48,7 +47,7 @@ def solve(
     Args:
         f: from a state to a tensor of the same shape, dtype and device. What it raises passes through.
         z0: `[B, ...]`, real floating, any strides; not modified. B may be 0.
-        solver: `Anderson()` if not given, or `Picard()`.
+        solver: `Anderson()` if not given, or `Broyden()`, or `Picard()`.
         tol: the residual at which a sample has converged; 0 takes all of max_steps.
         max_steps: the most evaluations of f.
         residual: "relative", `‖f(z) − z‖ / ‖f(z)‖` (Bai et al., arXiv 2106.14342, section 3), or
@@ -69,19 +68,52 @@ def solve(
         NotConverged: with `throw=True`.
         RuntimeError: with `debug=True`, an f that modifies z.
     """
+    solution, _ = solve_and_keep(
+        f,
+        z0,
+        Anderson() if solver is None else solver,
+        tol=tol,
+        max_steps=max_steps,
+        residual=residual,
+        norm_over=norm_over,
+        throw=throw,
+        trace=trace,
+        check_every=check_every,
+        debug=debug,
+        backend=backend,
+    )
+    return solution
+
+
+@torch.no_grad()
+def solve_and_keep(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    solver: Solver,
+    *,
+    throw: bool,
+    trace: bool,
+    debug: bool,
+    backend: str,
+    **when: Any,
+) -> tuple[Solution, Any]:
+    """`solve`, and the state that the solver has left behind: None where there was nothing to solve.
+
+    when: the fields of `Stopping`.
+    """
     check_state("z0", z0)
-    solver = check_solver("solver", Anderson() if solver is None else solver)
-    stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
+    check_solver("solver", solver)
+    stopping = Stopping(**when)
     name, _ = backends.choose(z0, backend)
     if z0.numel() == 0:
-        return empty_solution(z0, trace)
+        return empty_solution(z0, trace), None
 
     layout = Layout(z0)
     state = solver.start(layout.rows(z0.detach()), stopping, name)
     residuals: list[Tensor] = []
-    lookout = Lookout(check_every)
+    lookout = Lookout(stopping.check_every)
     nfe = 0
-    for step in range(max_steps):
+    for step in range(stopping.max_steps):
         fx = layout.rows(evaluate(f, layout.unrows(state.x), debug))
         nfe += 1
         active = solver.step(state, fx, step, stopping, name)
@@ -91,7 +123,8 @@ def solve(
         if lookout.done(active):
             break
 
-    return finish(layout.unrows(state.best), state.record, nfe, residuals if trace else None, throw)
+    traced = residuals if trace else None
+    return finish(layout.unrows(state.best), state.record, nfe, traced, throw), state
 
 
 def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:

@@ -1,0 +1,219 @@
+"""Good Broyden in two kernels a step: the newest pair with all its products, then decision with update.
+
+The grid is (B, parts) as in anderson.py, and so is the order of sums. The compact form, in which nothing
+of the size of a state is updated but the newest pair, stands in triton_deq/reference/broyden.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    COUNT,
+    LEAST_SQUARE,
+    RUNNING,
+    STATUS,
+    WEIGHT_LIMIT,
+    batch_sums,
+    is_finite,
+    judge_sample,
+    pick,
+    sample_sums,
+    snapshot,
+    solve_pivoted,
+    write_down,
+)
+
+
+@triton.jit(do_not_specialize=["slot", "newest", "filled", "B", "parts"])
+def broyden_residual_kernel(
+    fx_ptr,
+    x_ptr,
+    moves_ptr,
+    changes_ptr,
+    dots_ptr,
+    record_ptr,
+    before_ptr,
+    B,
+    N,
+    parts,
+    chunk,
+    slot,
+    newest,
+    filled,
+    SLOTS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Close the pair in slot `newest`, open one in `slot`, and one part of the step's sums into `dots`.
+
+    fx, x: [B, N]    moves, changes: [SLOTS, B, N]    record, before: [FIELDS, B]
+    dots: [B, parts, 3, LANES]: s_i · g, s_i · (s_p − φ_p), s_p · φ_i; in lane SLOTS ‖g‖², ‖f‖², ‖s_p‖².
+    filled: how many slots have been written before this step; 0 in the first, which has no pair to close.
+    """
+    sample = tl.program_id(0)
+    part = tl.program_id(1)
+    if part == 0:
+        snapshot(record_ptr, before_ptr, B, sample)
+
+    if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
+        lanes = tl.arange(0, LANES)
+        by_residual = tl.zeros([LANES], dtype=tl.float64)
+        by_curvature = tl.zeros([LANES], dtype=tl.float64)
+        by_change = tl.zeros([LANES], dtype=tl.float64)
+        row = sample.to(tl.int64) * N
+        ring = B.to(tl.int64) * N
+        stored = moves_ptr.dtype.element_ty
+        begin = part * chunk
+        for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < N
+            closing = tl.where(filled > 0, inside, False)
+            fx = tl.load(fx_ptr + row + columns, mask=inside, other=0)
+            x = tl.load(x_ptr + row + columns, mask=inside, other=0)
+            move = tl.load(moves_ptr + newest * ring + row + columns, mask=closing, other=0).to(WIDE)
+            change = tl.load(changes_ptr + newest * ring + row + columns, mask=closing, other=0).to(WIDE)
+            tl.store(moves_ptr + slot * ring + row + columns, x, mask=inside)
+            tl.store(changes_ptr + slot * ring + row + columns, fx, mask=inside)
+            fx = fx.to(WIDE)
+            x = x.to(WIDE)
+
+            # Rounded as they are stored: else M would not belong to the pairs in the rings.
+            move = tl.where(closing, x - move, 0).to(stored).to(WIDE)
+            change = tl.where(closing, fx - change, 0).to(stored).to(WIDE)
+            tl.store(moves_ptr + newest * ring + row + columns, move, mask=closing)
+            tl.store(changes_ptr + newest * ring + row + columns, change, mask=closing)
+
+            # In float64, which neither overflows nor underflows for squares of any float32.
+            residual = (fx - x).to(tl.float64)
+            fx64 = fx.to(tl.float64)
+            move64 = move.to(tl.float64)
+            curvature = move64 - change.to(tl.float64)
+            by_residual += tl.where(lanes == SLOTS, tl.sum(residual * residual, axis=0), 0)
+            by_curvature += tl.where(lanes == SLOTS, tl.sum(fx64 * fx64, axis=0), 0)
+            by_change += tl.where(lanes == SLOTS, tl.sum(move64 * move64, axis=0), 0)
+            # Not unrolled: the compiler would issue the loads of all pairs at once and run out of registers.
+            for i in tl.range(0, filled, num_stages=1):
+                older = tl.where((i != slot) & (i != newest), inside, False)
+                other_move = tl.load(moves_ptr + i * ring + row + columns, mask=older, other=0).to(WIDE)
+                other_change = tl.load(changes_ptr + i * ring + row + columns, mask=older, other=0).to(WIDE)
+                other = tl.where(i == newest, move, other_move).to(tl.float64)
+                by_residual += tl.where(lanes == i, tl.sum(other * residual, axis=0), 0)
+                by_curvature += tl.where(lanes == i, tl.sum(other * curvature, axis=0), 0)
+                other = tl.where(i == newest, change, other_change).to(tl.float64)
+                by_change += tl.where(lanes == i, tl.sum(other * move64, axis=0), 0)
+        out = dots_ptr + (sample * parts + part) * 3 * LANES + lanes
+        tl.store(out, by_residual)
+        tl.store(out + LANES, by_curvature)
+        tl.store(out + 2 * LANES, by_change)
+
+
+@triton.jit
+def broyden_coefficients(matrix, squares, right, pairs, slot, lanes, SLOTS: tl.constexpr):
+    """c in float64 from M `[LANES, LANES]`, and whether the solve was of use; zero if it was not."""
+    age = (slot - lanes + SLOTS) % SLOTS
+    used = (lanes < SLOTS) & (age >= 1) & (age <= pairs) & (squares > LEAST_SQUARE)
+    scale = tl.where(used, 1 / tl.sqrt(tl.where(used, squares, 1.0)), 0.0)
+
+    matrix = tl.where(used[:, None] & used[None, :], matrix, 0) * scale[:, None] * scale[None, :]
+    matrix += tl.where((lanes[:, None] == lanes[None, :]) & (scale[:, None] == 0), 1.0, 0.0)
+    coefficients = scale * solve_pivoted(matrix, tl.where(used, right, 0) * scale, lanes, SLOTS)
+    useful = tl.sum(tl.abs(coefficients), axis=0) <= WEIGHT_LIMIT  # false for NaN too
+    return tl.where(useful, coefficients, 0.0), useful
+
+
+@triton.jit(do_not_specialize=["step", "slot", "newest", "last", "B", "parts"])
+def broyden_advance_kernel(
+    x_ptr,
+    best_ptr,
+    changes_ptr,
+    dots_ptr,
+    matrix_ptr,
+    squares_ptr,
+    record_ptr,
+    before_ptr,
+    active_ptr,
+    B,
+    N,
+    parts,
+    chunk,
+    step,
+    slot,
+    newest,
+    last,
+    SLOTS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    OVER_BATCH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Judge a sample, keep its best iterate, renew M, solve for c and write the next iterate.
+
+    Every program of a sample takes the same decisions from the same numbers; part 0 writes them down.
+
+    x, best: [B, N]    changes: [SLOTS, B, N]    dots: [B, parts, 3, LANES]    matrix: [B, SLOTS, SLOTS]
+    squares: [B, SLOTS]    record, before: [FIELDS, B]    active: [max_steps], 1 at `step` if any goes on
+    """
+    sample = tl.program_id(0)
+    part = tl.program_id(1)
+    if tl.load(before_ptr + STATUS * B + sample) == RUNNING:
+        lanes = tl.arange(0, LANES)
+        by_residual = sample_sums(dots_ptr, sample, parts, lanes, 3 * LANES, PARTS)
+        by_curvature = sample_sums(dots_ptr + LANES, sample, parts, lanes, 3 * LANES, PARTS)
+        by_change = sample_sums(dots_ptr + 2 * LANES, sample, parts, lanes, 3 * LANES, PARTS)
+        residual_sq = pick(by_residual, lanes, SLOTS)
+        value_sq = pick(by_curvature, lanes, SLOTS)
+        finite = is_finite(residual_sq) & is_finite(value_sq)
+        if OVER_BATCH:
+            residual_sq, value_sq = batch_sums(
+                dots_ptr, before_ptr, B, parts, SLOTS, LANES + SLOTS, 3 * LANES
+            )
+        status, residual, improved, limit = judge_sample(
+            record_ptr, before_ptr, B, sample, residual_sq, value_sq, finite, RELATIVE
+        )
+        moving = (status == RUNNING) & (last == 0)
+
+        within = (lanes < SLOTS)[:, None] & (lanes < SLOTS)[None, :]
+        offsets = sample * SLOTS * SLOTS + lanes[:, None] * SLOTS + lanes[None, :]
+        matrix = tl.load(matrix_ptr + offsets, mask=within, other=0)
+        # The newest pair's may hold this step's sums already or not: the ones in registers count.
+        matrix = tl.where(lanes[:, None] == newest, -by_change[None, :], matrix)
+        matrix = tl.where(lanes[None, :] == newest, by_curvature[:, None], matrix)
+        square = pick(by_change, lanes, SLOTS)
+        squares = tl.load(squares_ptr + sample * SLOTS + lanes, mask=lanes < SLOTS, other=0)
+        squares = tl.where(lanes == newest, square, squares)
+        pairs = tl.load(before_ptr + COUNT * B + sample).to(tl.int32)
+        coefficients, useful = broyden_coefficients(matrix, squares, by_residual, pairs, slot, lanes, SLOTS)
+
+        if part == 0:
+            write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit)
+            row = matrix_ptr + sample * SLOTS * SLOTS
+            others = (lanes < SLOTS) & (lanes != newest)
+            tl.store(row + newest * SLOTS + lanes, -by_change, mask=others)
+            tl.store(row + lanes * SLOTS + newest, by_curvature, mask=lanes < SLOTS)
+            tl.store(squares_ptr + sample * SLOTS + newest, square)
+            if moving:
+                count = tl.where(useful, tl.minimum(pairs + 1, SLOTS - 1), 1)
+                tl.store(record_ptr + COUNT * B + sample, count)
+
+        # The open slot holds f(x), so with a weight of one there the sum is the next iterate.
+        weights = tl.where(lanes == slot, 1.0, coefficients)
+        row = sample.to(tl.int64) * N
+        ring = B.to(tl.int64) * N
+        begin = part * chunk
+        for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < N
+            if improved:
+                x = tl.load(x_ptr + row + columns, mask=inside, other=0)
+                tl.store(best_ptr + row + columns, x, mask=inside)
+            if moving:
+                total = tl.zeros([BLOCK], dtype=WIDE)
+                for i in tl.static_range(SLOTS):
+                    weight = pick(weights, lanes, i).to(WIDE)
+                    used = tl.where(weight != 0, inside, False)
+                    change = tl.load(changes_ptr + i * ring + row + columns, mask=used, other=0)
+                    total += weight * change.to(WIDE)
+                tl.store(x_ptr + row + columns, total, mask=inside)

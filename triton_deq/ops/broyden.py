@@ -1,0 +1,134 @@
+"""The Broyden step as an op: the reference or two kernels, on one state.
+
+Not differentiable: a solve runs without gradients, and `triton_deq.gradients` gives its derivative.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import broyden as reference
+from ..reference.broyden import BroydenState, broyden_adjoint, slots_for
+from ..reference.record import Record
+from .launch import Partition, launch, next_power_of_2, partition, wide_dtype
+
+BLOCK_BYTES = 4096
+"""Of one state at a time: the products with a pair hold three of them in float64 registers."""
+
+__all__ = ["BroydenState", "broyden_adjoint", "broyden_advance", "broyden_residual", "broyden_start"]
+
+
+def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: str) -> BroydenState:
+    """The state of a solve from `x` `[B, N]`, B and N at least 1, any strides; see `BroydenState`."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    if backend == "reference":
+        return reference.broyden_start(x, memory, tol, max_steps)
+    batch, entries = x.shape
+    slots = slots_for(memory, max_steps)
+    record = Record(batch, tol, x.device)
+    parts = _cut(x).parts
+    return BroydenState(
+        x=x,
+        best=x.clone(),
+        moves=x.new_empty((slots, batch, entries)),
+        changes=x.new_empty((slots, batch, entries)),
+        matrix=x.new_zeros((batch, slots, slots), dtype=torch.float64),
+        squares=x.new_zeros((batch, slots), dtype=torch.float64),
+        dots=x.new_empty((batch, parts, 3, next_power_of_2(slots + 1)), dtype=torch.float64),
+        record=record,
+        before=torch.empty_like(record.data),
+        active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),
+        spare=x.new_empty(0),
+    )
+
+
+def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -> None:
+    """The newest pair `s`, `φ` into the rings, and this step's sums into `state.dots`.
+
+    fx: `[B, N]`, of the state's dtype, any strides.
+    """
+    if backend == "reference":
+        return reference.broyden_residual(state, fx, step)
+    grid, cut, constants = _geometry(state)
+    launch(
+        _kernels().broyden_residual_kernel,
+        grid,
+        fx.contiguous(),
+        state.x,
+        state.moves,
+        state.changes,
+        state.dots,
+        state.record.data,
+        state.before,
+        *state.x.shape,
+        cut.parts,
+        cut.chunk,
+        step % state.slots,
+        (step - 1) % state.slots,
+        min(step, state.slots),
+        **constants,
+    )
+    return None
+
+
+def broyden_advance(
+    state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool, backend: str
+) -> bool | Tensor:
+    """Judge every sample, keep the best iterates, take the next step; see the reference for the formula.
+
+    Returns whether any sample goes on: a bool, or a one-element tensor on the device that nobody has
+    waited for yet.
+    """
+    if backend == "reference":
+        return reference.broyden_advance(state, step, relative=relative, over_batch=over_batch, last=last)
+    grid, cut, constants = _geometry(state)
+    launch(
+        _kernels().broyden_advance_kernel,
+        grid,
+        state.x,
+        state.best,
+        state.changes,
+        state.dots,
+        state.matrix,
+        state.squares,
+        state.record.data,
+        state.before,
+        state.active,
+        *state.x.shape,
+        cut.parts,
+        cut.chunk,
+        step,
+        step % state.slots,
+        (step - 1) % state.slots,
+        int(last),
+        PARTS=next_power_of_2(cut.parts),
+        RELATIVE=relative,
+        OVER_BATCH=over_batch,
+        **constants,
+    )
+    return state.active[step]
+
+
+def _geometry(state: BroydenState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:
+    """The grid, the cut of a sample, and the compile-time constants that both kernels share."""
+    cut = _cut(state.x)
+    constants = {
+        "SLOTS": state.slots,
+        "LANES": state.dots.shape[-1],
+        "BLOCK": cut.block,
+        "WIDE": wide_dtype(state.x.dtype),
+    }
+    return (state.x.shape[0], cut.parts), cut, constants
+
+
+def _cut(x: Tensor) -> Partition:
+    batch, entries = x.shape
+    return partition(batch, entries, most=BLOCK_BYTES // x.element_size())
+
+
+def _kernels() -> ModuleType:
+    from ..kernels import broyden
+
+    return broyden

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    BEST,
     COUNT,
     LEAST_SQUARE,
     RUNNING,
@@ -170,8 +171,9 @@ def broyden_advance_kernel(
             residual_sq, value_sq = batch_sums(
                 dots_ptr, before_ptr, B, parts, SLOTS, LANES + SLOTS, 3 * LANES
             )
+        best = tl.load(before_ptr + BEST * B + sample)
         status, residual, improved, limit = judge_sample(
-            record_ptr, before_ptr, B, sample, residual_sq, value_sq, finite, RELATIVE
+            record_ptr, B, sample, residual_sq, value_sq, finite, best, RELATIVE
         )
         moving = (status == RUNNING) & (last == 0)
 

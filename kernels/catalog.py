@@ -82,6 +82,7 @@ class Rows:
 
 
 MANY = Rows(64, 16384, parts=8, chunk=2048, block=2048)
+SMALL = Rows(256, 1024, parts=1, chunk=1024, block=1024)
 ONE_LARGE = Rows(1, 1 << 20, parts=256, chunk=4096, block=2048)
 ODD = Rows(32, 1001, parts=1, chunk=1024, block=1024)
 """No row but the first starts at a multiple of 16 bytes."""
@@ -157,6 +158,36 @@ def _advance(
         work=_advance_work,
         budget=_budget(dtype, rows),
     )
+
+
+def _step(dtype: str, history: int, rows: Rows, note: str = "") -> Entry:
+    """Both in one launch; rows that fit one block."""
+    arguments = {**_advance(dtype, history, rows).arguments, **_residual(dtype, history, rows).arguments}
+    of_two_launches = ("dots_ptr", "before_ptr", "parts", "chunk", "PARTS", "OVER_BATCH")
+    return Entry(
+        op="anderson",
+        name=_name("anderson_step", dtype, history, note),
+        kernel=anderson.anderson_step_kernel,
+        shape=(rows.batch, rows.entries),
+        arguments={name: value for name, value in arguments.items() if name not in of_two_launches},
+        contiguous=("fx_ptr", "x_ptr", "best_ptr", "residuals_ptr", "iterates_ptr"),
+        traffic=_step_traffic,
+        work=lambda *of: _residual_work(*of) | _advance_work(*of) | {_unit(of[0]): _step_work(*of)},
+        budget=_budget(dtype, rows),
+    )
+
+
+def _step_traffic(entry: Entry, batch: int, entries: int) -> int:
+    """Read f(x), x, m − 1 older residuals and iterates; write a residual, an iterate, x and the best."""
+    history = entry.arguments["HISTORY"]
+    states = (2 * history + 4) * batch * entries * BYTES[entry.dtype]
+    return states + batch * ((history * history + 2 * history) * 8 + 10 * 8)
+
+
+def _step_work(entry: Entry, batch: int, entries: int) -> int:
+    """Of the unit that does the sums: the two kernels' together."""
+    unit = _unit(entry)
+    return _residual_work(entry, batch, entries)[unit] + _advance_work(entry, batch, entries)[unit]
 
 
 def _residual_traffic(entry: Entry, batch: int, entries: int) -> int:
@@ -373,6 +404,10 @@ ENTRIES: tuple[Entry, ...] = (
     _advance("fp32", 6, over_batch=True, note="over batch"),
     _advance("fp32", 10, ONE_LARGE, "one sample"),
     _traded(_advance("bf16", 6, ODD, "odd N,absolute ridge", relative_ridge=False)),
+    _step("fp32", 6, SMALL),
+    _step("bf16", 6, replace(SMALL, entries=2048, chunk=2048, block=2048)),
+    _step("fp64", 5, SMALL),
+    _traded(_step("bf16", 6, ODD, "odd N")),
     _broyden("residual", "fp32", 10, _in_blocks_of(1024, 16, MANY)),
     _broyden("residual", "bf16", 10, MANY),
     _traded(_broyden("residual", "fp64", 5, _in_blocks_of(512, 32, MANY)), 24),
@@ -405,5 +440,5 @@ STEPS: Mapping[str, tuple[str, ...]] = {
         ("Broyden", "broyden", "fp32", 10),
         ("Broyden", "broyden", "bf16", 10),
     )
-}
+} | {"Anderson step, one launch [fp32,m=6]": ("anderson_step[fp32,m=6]",)}
 """What a solver launches in one step, beside f."""

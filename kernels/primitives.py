@@ -94,12 +94,11 @@ def snapshot(record_ptr, before_ptr, B, sample):
 
 
 @triton.jit
-def judge_sample(record_ptr, before_ptr, B, sample, residual_sq, value_sq, finite, RELATIVE: tl.constexpr):
+def judge_sample(record_ptr, B, sample, residual_sq, value_sq, finite, best, RELATIVE: tl.constexpr):
     """`judge` with what the record knows of the sample: (status, residual, improved, limit)."""
     # 0 until the first step. Whether part 0 has stored it already or not, every program gets the same.
     limit = tl.load(record_ptr + LIMIT * B + sample)
     limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
-    best = tl.load(before_ptr + BEST * B + sample)
     tolerance = tl.load(record_ptr + TOLERANCE * B + sample)
     status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
     return status, residual, improved, limit

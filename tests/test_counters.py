@@ -8,7 +8,7 @@ from tests.counters import Counter
 from triton_deq.backend import interpreting
 from triton_deq.ops.anderson import anderson_advance, anderson_residual, anderson_start
 
-BATCH, SIZE, HISTORY = 2, 2048, 6
+BATCH, SIZE, HISTORY = 2, 2304, 6
 FULL = {"tol": 0, "max_steps": HISTORY + 3}
 """Every step, until the history has been full for a while."""
 
@@ -16,10 +16,10 @@ FULL = {"tol": 0, "max_steps": HISTORY + 3}
 SOLVERS = {"anderson": td.Anderson(history=HISTORY), "broyden": td.Broyden(memory=HISTORY)}
 
 
-def problem(device: str, dtype=torch.float32, gains=(0.5, 0.5)):
+def problem(device: str, dtype=torch.float32, gains=(0.5, 0.5), size=SIZE):
     """`z ↦ tanh(w z + b)` with random w up to a gain for each sample, and a start."""
-    weight = torch.rand(BATCH, SIZE) * torch.tensor(gains)[:, None]
-    weight, bias = weight.to(device, dtype), torch.randn(BATCH, SIZE).to(device, dtype)
+    weight = torch.rand(BATCH, size) * torch.tensor(gains)[:, None]
+    weight, bias = weight.to(device, dtype), torch.randn(BATCH, size).to(device, dtype)
     return lambda z: torch.tanh(weight * z + bias), torch.zeros_like(bias)
 
 
@@ -45,6 +45,18 @@ def test_budgets_of_a_step(name, device, backend):
             assert step.operators.total() <= 2
         else:
             assert step.launches == []
+
+
+@pytest.mark.kernels
+def test_a_sample_that_fits_one_program_takes_one_launch(device):
+    """Which moves 2m + 4 states, for x and the newest slot stay in registers."""
+    f, z0 = problem(device, size=1024)
+    for step in steps_of(f, z0, SOLVERS["anderson"], **FULL, backend="triton"):
+        assert step.launches == ["anderson_step_kernel"]
+        if interpreting():
+            assert step.moved <= (2 * HISTORY + 4 + 0.2) * z0.numel() * z0.element_size()
+    for step in steps_of(f, z0, SOLVERS["anderson"], **FULL, norm_over="batch", backend="triton"):
+        assert step.launches == ["anderson_residual_kernel", "anderson_advance_kernel"]
 
 
 @pytest.mark.kernels
@@ -96,7 +108,7 @@ def test_a_broyden_step_moves_no_more_bytes_than_it_must(device, backend):
     f, z0 = problem(device)
     limit = 3 * HISTORY + (10 if backend == "triton" else 25)
     for step in steps_of(f, z0, SOLVERS["broyden"], tol=0, max_steps=HISTORY + 4, backend=backend):
-        assert step.moved <= (limit + 0.35) * z0.numel() * z0.element_size()
+        assert step.moved <= (limit + 0.5) * z0.numel() * z0.element_size()
 
 
 @pytest.mark.kernels
@@ -172,7 +184,7 @@ def test_peak_memory_of_broyden_is_its_pairs(device, backend):
 
 
 def test_a_training_step_costs_what_its_solves_cost(device, backend):
-    """Forward and backward solve each keep their budget: one look by the host and two launches a step."""
+    """Forward and backward solve each keep their budget: one look by the host and one launch a step."""
     cell = td.MLPCell(64, 4).to(device)
     gradient = td.ImplicitGradient(tol=0, max_steps=6)
     deq = td.DEQ(cell, tol=0, max_steps=8, gradient=gradient, backend=backend)
@@ -180,7 +192,7 @@ def test_a_training_step_costs_what_its_solves_cost(device, backend):
     with Counter(torch.empty(BATCH, 64, device=device)) as counter:
         deq(x).value.sum().backward()
     assert len(counter.now.reads) <= 8 + 6
-    assert len(counter.now.launches) == (2 * (8 + 6) if backend == "triton" else 0)
+    assert len(counter.now.launches) == (8 + 6 if backend == "triton" else 0)
 
 
 class TestTheCounterItself:

@@ -131,6 +131,17 @@ def call_op(entry: Entry, device: str) -> None:
         else:
             rule = {"relative": values["RELATIVE"], "over_batch": values["OVER_BATCH"], "last": False}
             broyden.broyden_advance(state, step, **rule, backend="triton")
+    elif kernel == "anderson_step":
+        history = values["HISTORY"]
+        state = anderson.anderson_start(state_like, history, 1e-3, history + 2, "triton")
+        rule = {
+            "mixing": values["MIXING"],
+            "relative": values["RELATIVE"],
+            "over_batch": False,
+            "last": False,
+        }
+        rule |= {"ridge": values["RIDGE"], "relative_ridge": values["RELATIVE_RIDGE"]}
+        anderson.anderson_step(state, state_like, history, **rule, backend="triton")
     else:
         history = values["HISTORY"]
         state = anderson.anderson_start(state_like, history, 1e-3, history + 2, "triton")
@@ -442,8 +453,21 @@ def test_contiguous_accesses_are_known_by_their_lines():
         )
 
     first = kernel.__code__.co_firstlineno
-    assert lines_of(kernel, ("x_ptr",)) == {("load", first + 1)}
-    assert lines_of(kernel, ("y_ptr",)) == {("load", first + 2), ("store", first + 3)}
+    file = Path(__file__).name
+    assert lines_of(kernel, ("x_ptr",)) == {("load", file, first + 1)}
+    assert lines_of(kernel, ("y_ptr",)) == {("load", file, first + 2), ("store", file, first + 3)}
+
+
+def test_lines_of_a_pointer_handed_to_a_device_function():
+    """As `triton.jit` leaves it: an object that holds the Python function."""
+    from triton_deq.kernels.anderson import anderson_step_kernel, take_in
+
+    step, called = anderson_step_kernel.fn, take_in.fn
+    first = inspect.getsourcelines(called)[1]
+    lines = lines_of(step, ("residuals_ptr",))
+    assert {file for _, file, _ in lines} == {"anderson.py"}
+    assert {kind for kind, _, _ in lines} == {"load", "store"}
+    assert all(line > first for _, _, line in lines)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def test_quick_run_in_a_fresh_process(tmp_path):
     assert {row["kernel"] for row in rows} == {
         "anderson_residual",
         "anderson_advance",
+        "anderson_step",
         "broyden_residual",
         "broyden_advance",
         "probe",

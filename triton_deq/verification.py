@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,13 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 def check_anderson(
     case: Case, history: int = 3, mixing: float = 0.8, steps: int = 5, **options: bool
 ) -> Iterator[Row]:
-    """Both Anderson kernels over a few steps, each step from the kernels' own state in float64.
+    """The Anderson kernels over a few steps, each step from the kernels' own state in float64.
 
     f's values are random, so every step has a well-conditioned Gram matrix; the ring wraps around; one
     sample converges on the way and one meets a NaN.
     """
     from .ops import anderson as op
+    from .ops.launch import MAX_BLOCK
 
     batch, entries = case.shape
     rule: dict[str, Any] = {
@@ -116,6 +117,7 @@ def check_anderson(
 
     held = _Held("anderson")
     for step, fx in enumerate(_values(case, state.record, steps)):
+        fused = _cloned(state)
         expected = _in_float64(state)
         op.anderson_residual(state, fx, step, mixing, "triton")
         reference_anderson.anderson_residual(expected, fx.double(), step, mixing)
@@ -139,6 +141,18 @@ def check_anderson(
         ):
             held.add("anderson_advance", quantity, relative_error(out, wanted))
         held.add_record("anderson_advance", state.record, expected.record)
+
+        if case.shape[1] <= MAX_BLOCK and not rule["over_batch"]:  # else it is the two kernels again
+            op.anderson_step(fused, fx, step, mixing=mixing, **rule, last=False, backend="triton")
+            for quantity, out, wanted in (
+                ("residual", fused.residuals[slot], state.residuals[slot]),
+                ("iterate", fused.iterates[slot], state.iterates[slot]),
+                ("x", fused.x, expected.x),
+                ("best", fused.best, expected.best),
+                ("gram", fused.gram, expected.gram),
+            ):
+                held.add("anderson_step", quantity, relative_error(out.cpu()[running], wanted.cpu()[running]))
+            held.add_record("anderson_step", fused.record, expected.record)
     yield from held.rows(case)
 
 
@@ -270,6 +284,13 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "probe": check_probe,
     "squared_norm": check_squared_norm,
 }
+
+
+def _cloned(state: reference_anderson.AndersonState) -> reference_anderson.AndersonState:
+    tensors = {name: value.clone() for name, value in vars(state).items() if isinstance(value, Tensor)}
+    record = Record(state.x.shape[0], 1.0, state.x.device)
+    record.data.copy_(state.record.data)
+    return replace(state, **tensors, record=record)
 
 
 def _in_float64(state: reference_anderson.AndersonState) -> reference_anderson.AndersonState:

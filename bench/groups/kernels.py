@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_deq.ops.launch import MAX_BLOCK
+
 from ..cases import Case, Setting, Variant, ours
 from ..roofline import DTYPES, of_kernels
 from ..timing import Call, graphed
@@ -32,11 +34,14 @@ def cases(setting: Setting) -> Iterator[Case]:
             for op, kernel, call, peers in (
                 ("anderson_residual", f"[{name},m={HISTORY}]", _residual, {"torch": _residual_torch}),
                 ("anderson_advance", f"[{name},m={HISTORY}]", _advance, {"torch": _advance_torch}),
+                ("anderson_step", f"[{name},m={HISTORY}]", _step, {"torch": _step_torch}),
                 ("broyden_residual", f"[{name},m={MEMORY}]", _broyden_residual, {"torch": _pairs_torch}),
                 ("broyden_advance", f"[{name},m={MEMORY}]", _broyden_advance, {"torch": _update_torch}),
                 ("probe", f"[{name},gaussian]", _probe, {"torch": _probe_torch}),
                 ("squared_norm", f"[{name}]", _squared_norm, {"torch": _squared_norm_torch}),
             ):
+                if op == "anderson_step" and shape[1] > MAX_BLOCK:
+                    continue  # two launches, which have their own rows
                 variants = _variants(setting, shape, dtype, call, peers)
                 work = of_kernels([op + kernel], *shape)
                 yield Case(GROUP, op, "forward", dtype, shape, tuple(variants), work=work)
@@ -138,6 +143,19 @@ def _advance_torch(randn, batch: int, entries: int) -> Call:
         return improved.any()
 
     return call
+
+
+def _step(randn, batch: int, entries: int, backend: str) -> Call:
+    from triton_deq.ops.anderson import anderson_step
+
+    state, step = _full_state(randn, batch, entries, backend)
+    fx = randn(batch, entries)
+    return lambda: anderson_step(state, fx, step, mixing=1.0, **RULE, backend=backend)
+
+
+def _step_torch(randn, batch: int, entries: int) -> Call:
+    residual, advance = _residual_torch(randn, batch, entries), _advance_torch(randn, batch, entries)
+    return lambda: (residual(), advance())
 
 
 def _full_broyden(randn: Callable[..., Tensor], batch: int, entries: int, backend: str) -> tuple[Any, int]:

@@ -145,11 +145,10 @@ def _compile(entry: Any, job: Job, row: Row) -> None:
     row.loads, row.stores = _widths(found, "load"), _widths(found, "store")
     function = _python_function(entry.kernel)
     lines = lines_of(function, entry.contiguous)
-    file = Path(function.__code__.co_filename).name
-    bulk = [access for access in found if access.file == file and (access.kind, access.line) in lines]
+    bulk = [access for access in found if (access.kind, access.file, access.line) in lines]
     row.contiguous_loads, row.contiguous_stores = _widths(bulk, "load"), _widths(bulk, "store")
     row.broken = list(broken_budgets(entry.budget, row, target))
-    lost = {kind for kind, _ in lines} - {access.kind for access in bulk}
+    lost = {kind for kind, *_ in lines} - {access.kind for access in bulk}
     row.broken += [f"no instruction was found for the contiguous {kind}s" for kind in sorted(lost)]
 
 

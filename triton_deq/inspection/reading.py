@@ -129,15 +129,35 @@ def code_size(binary: bytes) -> int:
     return sum(length for _, _, flags, _, _, length in headers if flags & executable)
 
 
-def lines_of(function: Callable[..., Any], pointers: tuple[str, ...]) -> set[tuple[str, int]]:
-    """("load" or "store", line) where `function` calls `tl.load` or `tl.store` with one of these pointers."""
+def lines_of(function: Callable[..., Any], pointers: tuple[str, ...]) -> set[tuple[str, str, int]]:
+    """("load" or "store", file, line) where `function` accesses one of these pointers with `tl`.
+
+    Device functions that it hands one of them to are read too.
+    """
     lines, first = inspect.getsourcelines(function)
     tree = ast.parse(textwrap.dedent("".join(lines)))
-    return {
-        (kind, call.lineno + first - 1)
+    file = Path(function.__code__.co_filename).name
+    found = {
+        (kind, file, call.lineno + first - 1)
         for kind, call in _memory_calls(tree)
         if _names(call.args[0]) & set(pointers)
     }
+    for called, call in _device_calls(tree, function.__globals__):
+        names = inspect.getfullargspec(called).args
+        handed = [
+            name for name, given in zip(names, call.args, strict=False) if _names(given) & set(pointers)
+        ]
+        if handed:
+            found |= lines_of(called, tuple(handed))
+    return found
+
+
+def _device_calls(tree: ast.AST, known: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], ast.Call]]:
+    """Calls of functions under `triton.jit`, as the Python functions that they were."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if hasattr(known.get(name), "fn"):
+                yield known[name].fn, node
 
 
 def _memory_calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:

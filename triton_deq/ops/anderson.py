@@ -12,9 +12,9 @@ from torch import Tensor
 from ..reference import anderson as reference
 from ..reference.anderson import AndersonState
 from ..reference.record import Record
-from .launch import launch, next_power_of_2, partition, wide_dtype
+from .launch import MAX_BLOCK, launch, next_power_of_2, partition, wide_dtype
 
-__all__ = ["AndersonState", "anderson_advance", "anderson_residual", "anderson_start"]
+__all__ = ["AndersonState", "anderson_advance", "anderson_residual", "anderson_start", "anderson_step"]
 
 
 def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend: str) -> AndersonState:
@@ -38,6 +38,64 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend:
         active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),
         spare=x.new_empty(0),
     )
+
+
+def anderson_step(
+    state: AndersonState,
+    fx: Tensor,
+    step: int,
+    *,
+    mixing: float,
+    relative: bool,
+    over_batch: bool,
+    ridge: float,
+    relative_ridge: bool,
+    last: bool,
+    backend: str,
+) -> bool | Tensor:
+    """A whole step, in one launch where a sample fits one program and need not wait for the others.
+
+    Returns what `anderson_advance` does.
+    """
+    if backend == "reference" or over_batch or state.x.shape[1] > MAX_BLOCK:
+        anderson_residual(state, fx, step, mixing, backend)
+        return anderson_advance(
+            state,
+            step,
+            relative=relative,
+            over_batch=over_batch,
+            ridge=ridge,
+            relative_ridge=relative_ridge,
+            last=last,
+            backend=backend,
+        )
+    batch, entries = state.x.shape
+    _, _, constants = _geometry(state)
+    constants["BLOCK"] = next_power_of_2(entries)
+    launch(
+        _kernels().anderson_step_kernel,
+        (batch,),
+        fx.contiguous(),
+        state.x,
+        state.best,
+        state.residuals,
+        state.iterates,
+        state.gram,
+        state.record.data,
+        state.active,
+        batch,
+        entries,
+        step,
+        step % state.history,
+        min(step + 1, state.history),
+        int(last),
+        MIXING=mixing,
+        RELATIVE=relative,
+        RIDGE=ridge,
+        RELATIVE_RIDGE=relative_ridge,
+        **constants,
+    )
+    return state.active[step]
 
 
 def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float, backend: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..ops.anderson import AndersonState, anderson_advance, anderson_residual, anderson_start
+from ..ops.anderson import AndersonState, anderson_start, anderson_step
 from .stopping import Stopping
 
 
@@ -44,10 +44,11 @@ class Anderson:
         self, state: AndersonState, fx: Tensor, step: int, stopping: Stopping, backend: str
     ) -> bool | Tensor:
         """Take in f(x), decide who stops, write the next x. Returns whether any sample goes on."""
-        anderson_residual(state, fx, step, float(self.mixing), backend)
-        return anderson_advance(
+        return anderson_step(
             state,
+            fx,
             step,
+            mixing=float(self.mixing),
             relative=stopping.residual == "relative",
             over_batch=stopping.norm_over == "batch",
             ridge=float(self.ridge),

@@ -237,7 +237,7 @@ def anderson_advance_kernel(
     """Judge a sample, keep its best iterate, solve for the mixing weights and write its next iterate.
 
     x, best: [B, N]    iterates: [HISTORY, B, N]    dots: [B, parts, LANES]    gram: [B, HISTORY, HISTORY]
-    record, before: [FIELDS, B]    active: [max_steps], receives 1 at `step` if any sample goes on
+    record, before: [FIELDS, B]    active: [max_steps], counts the samples that go on
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)

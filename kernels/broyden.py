@@ -155,7 +155,7 @@ def broyden_advance_kernel(
     Every program of a sample takes the same decisions from the same numbers; part 0 writes them down.
 
     x, best: [B, N]    changes: [SLOTS, B, N]    dots: [B, parts, 3, LANES]    matrix: [B, SLOTS, SLOTS]
-    squares: [B, SLOTS]    record, before: [FIELDS, B]    active: [max_steps], 1 at `step` if any goes on
+    squares: [B, SLOTS]    record, before: [FIELDS, B]    active: [max_steps]
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)

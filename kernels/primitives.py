@@ -106,7 +106,7 @@ def judge_sample(record_ptr, B, sample, residual_sq, value_sq, finite, best, REL
 
 @triton.jit
 def write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit):
-    """The judgement into the record, and 1 into `active[step]` if the sample goes on."""
+    """The judgement into the record, and one more in `active[step]` if the sample goes on."""
     tl.store(record_ptr + STATUS * B + sample, status)
     tl.store(record_ptr + STEPS * B + sample, step + 1)
     tl.store(record_ptr + LIMIT * B + sample, limit)
@@ -115,7 +115,7 @@ def write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite
     if improved:
         tl.store(record_ptr + BEST * B + sample, residual)
     if status == RUNNING:
-        tl.store(active_ptr + step, 1)
+        tl.atomic_add(active_ptr + step, 1, sem="relaxed")  # of integers: the order does not matter
 
 
 @triton.jit

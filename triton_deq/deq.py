@@ -30,14 +30,29 @@ class DEQOutput:
     penalty: Tensor
 
 
+@dataclass(frozen=True)
+class _Injected:
+    """`z ↦ cell(z, u)`, and the same for some of the samples."""
+
+    cell: Any
+    u: Any
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.cell(z, self.u)
+
+    def select(self, samples: Tensor) -> "_Injected":
+        return _Injected(self.cell, self.cell.select(self.u, samples))
+
+
 class DEQ(nn.Module):
     """`z* = cell(z*, cell.inject(x))` (Bai et al., arXiv 1909.01377).
 
     Args:
         cell: a module with `inject(x) -> u`, which is computed once, and `forward(z, u) -> z`. It may have
-            `initial_state(u) -> z0`; else the solve starts from zeros like u.
+            `initial_state(u) -> z0`; else the solve starts from zeros like u. For `compact` it needs
+            `select(u, samples)`, u for those samples of the batch alone.
         solver: `Anderson()` by default.
-        tol, max_steps, residual, norm_over, check_every, debug: as in `solve`.
+        tol, max_steps, residual, norm_over, check_every, compact, debug: as in `solve`.
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
         backend: "auto", "triton" or "reference".
@@ -56,6 +71,7 @@ class DEQ(nn.Module):
         residual: str = "relative",
         norm_over: str = "sample",
         check_every: int = 1,
+        compact: float | None = None,
         debug: bool = False,
         gradient: Gradient | None = None,
         penalty: JacobianPenalty | None = None,
@@ -75,6 +91,12 @@ class DEQ(nn.Module):
         self.solver = check_solver("solver", Anderson() if solver is None else solver)
         self.gradient = check_gradient(ImplicitGradient() if gradient is None else gradient)
         self.stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
+        if compact is not None and not callable(getattr(cell, "select", None)):
+            raise TypeError(
+                f"compact={compact!r} needs a cell with select(u, samples), and {type(cell).__name__} has "
+                "none: add it, or leave compact out"
+            )
+        self.compact = compact
         self.debug = debug
         self.backend = backend
 
@@ -84,9 +106,7 @@ class DEQ(nn.Module):
         u = cell.inject(x)
         if z0 is None:
             z0 = self._initial_state(u)
-
-        def f(z: Tensor) -> Tensor:
-            return cell(z, u)
+        f = _Injected(cell, u)
 
         value, solution = fixed_point(
             f,
@@ -97,6 +117,7 @@ class DEQ(nn.Module):
             residual=self.stopping.residual,
             norm_over=self.stopping.norm_over,
             check_every=self.stopping.check_every,
+            compact=self.compact,
             debug=self.debug,
             gradient=self.gradient,
             backend=self.backend,

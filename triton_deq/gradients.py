@@ -80,6 +80,11 @@ class ImplicitGradient:
                 f"shine={self.shine!r} reuses the inverse Jacobian of td.Broyden, and solver={solver!r} "
                 "keeps none: give solver=td.Broyden() or leave shine out"
             )
+        if self.shine is not None and options["compact"] is not None:
+            raise ValueError(
+                f"shine={self.shine!r} needs the pairs of all samples, and compact={options['compact']!r} "
+                "drops those of finished ones: give one of the two"
+            )
         solution, state = solve_and_keep(f, z0, solver, backend=backend, **options)
         at = solution.value.detach().requires_grad_()
         value = f(at)
@@ -231,6 +236,7 @@ def fixed_point(
     throw: bool = False,
     trace: bool = False,
     check_every: int = 1,
+    compact: float | None = None,
     debug: bool = False,
     gradient: Gradient | None = None,
     backend: str = "auto",
@@ -242,8 +248,8 @@ def fixed_point(
     `Solution.nfe` says (`PhantomGradient`: `steps` times more), to record its graph.
 
     Args:
-        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, check_every, debug, backend: as in
-            `solve`.
+        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, check_every, compact, debug,
+            backend: as in `solve`.
         gradient: `ImplicitGradient()` if not given, `PhantomGradient(...)` or `UnrolledGradient()`.
         return_solution: also return the `Solution`.
 
@@ -265,6 +271,7 @@ def fixed_point(
         "throw": throw,
         "trace": trace,
         "check_every": check_every,
+        "compact": compact,
         "debug": debug,
     }
     if torch.is_grad_enabled():

@@ -61,6 +61,10 @@ class MLPCell(nn.Module):
         """`u = U x + b`, all that does not depend on z."""
         return self.injection(x)
 
+    def select(self, u: Tensor, samples: Tensor) -> Tensor:
+        """u for these samples of the batch alone."""
+        return u[samples]
+
     def initial_state(self, u: Tensor) -> Tensor:
         """Zeros, `[B, D]`."""
         return u.new_zeros(*u.shape[:-1], self.width)

@@ -3,6 +3,7 @@
 Not differentiable: a solve runs without gradients, and `triton_deq.gradients` gives its derivative.
 """
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,14 @@ from ..reference.anderson import AndersonState
 from ..reference.record import Record
 from .launch import MAX_BLOCK, launch, next_power_of_2, partition, wide_dtype
 
-__all__ = ["AndersonState", "anderson_advance", "anderson_residual", "anderson_start", "anderson_step"]
+__all__ = [
+    "AndersonState",
+    "anderson_advance",
+    "anderson_residual",
+    "anderson_select",
+    "anderson_start",
+    "anderson_step",
+]
 
 
 def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend: str) -> AndersonState:
@@ -52,7 +60,7 @@ def anderson_step(
     relative_ridge: bool,
     last: bool,
     backend: str,
-) -> bool | Tensor:
+) -> int | Tensor:
     """A whole step, in one launch where a sample fits one program and need not wait for the others.
 
     Returns what `anderson_advance` does.
@@ -98,6 +106,24 @@ def anderson_step(
     return state.active[step]
 
 
+def anderson_select(state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
+    """The state of these samples alone; samples: int64, on the state's device."""
+    x = state.x[samples]
+    parts = 1 if backend == "reference" else partition(len(samples), state.x.shape[1]).parts
+    return replace(
+        state,
+        x=x,
+        best=state.best[samples],
+        residuals=state.residuals[:, samples],
+        iterates=state.iterates[:, samples],
+        gram=state.gram[samples.to(state.gram.device)],
+        dots=state.dots.new_zeros((len(samples), parts, *state.dots.shape[2:])),
+        record=state.record.select(samples),
+        before=state.before[..., : len(samples)].contiguous(),
+        spare=state.spare[: len(samples)],
+    )
+
+
 def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float, backend: str) -> None:
     """`G = f(x) − x` and `x + β G` into the history, and the new row of the Gram matrix into `state.dots`.
 
@@ -137,11 +163,11 @@ def anderson_advance(
     relative_ridge: bool,
     last: bool,
     backend: str,
-) -> bool | Tensor:
+) -> int | Tensor:
     """Judge every sample, keep the best iterates, mix the next ones; see the reference for the formula.
 
-    Returns whether any sample goes on: a bool, or a one-element tensor on the device that nobody has
-    waited for yet.
+    Returns how many samples go on: a number, or a one-element tensor on the device that nobody has waited
+    for yet.
     """
     if backend == "reference":
         return reference.anderson_advance(

@@ -3,6 +3,7 @@
 Not differentiable: a solve runs without gradients, and `triton_deq.gradients` gives its derivative.
 """
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,14 @@ from .launch import Partition, launch, next_power_of_2, partition, wide_dtype
 BLOCK_BYTES = 4096
 """Of one state at a time: the products with a pair hold three of them in float64 registers."""
 
-__all__ = ["BroydenState", "broyden_adjoint", "broyden_advance", "broyden_residual", "broyden_start"]
+__all__ = [
+    "BroydenState",
+    "broyden_adjoint",
+    "broyden_advance",
+    "broyden_residual",
+    "broyden_select",
+    "broyden_start",
+]
 
 
 def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: str) -> BroydenState:
@@ -41,6 +49,25 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: s
         before=torch.empty_like(record.data),
         active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),
         spare=x.new_empty(0),
+    )
+
+
+def broyden_select(state: BroydenState, samples: Tensor, backend: str) -> BroydenState:
+    """The state of these samples alone; samples: int64, on the state's device."""
+    x = state.x[samples]
+    parts = 1 if backend == "reference" else _cut(x).parts
+    return replace(
+        state,
+        x=x,
+        best=state.best[samples],
+        moves=state.moves[:, samples],
+        changes=state.changes[:, samples],
+        matrix=state.matrix[samples.to(state.matrix.device)],
+        squares=state.squares[samples.to(state.squares.device)],
+        dots=state.dots.new_zeros((len(samples), parts, *state.dots.shape[2:])),
+        record=state.record.select(samples),
+        before=state.before[..., : len(samples)].contiguous(),
+        spare=state.spare[: len(samples)],
     )
 
 
@@ -75,11 +102,11 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
 
 def broyden_advance(
     state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool, backend: str
-) -> bool | Tensor:
+) -> int | Tensor:
     """Judge every sample, keep the best iterates, take the next step; see the reference for the formula.
 
-    Returns whether any sample goes on: a bool, or a one-element tensor on the device that nobody has
-    waited for yet.
+    Returns how many samples go on: a number, or a one-element tensor on the device that nobody has waited
+    for yet.
     """
     if backend == "reference":
         return reference.broyden_advance(state, step, relative=relative, over_batch=over_batch, last=last)

@@ -39,7 +39,7 @@ class AndersonState:
     dots: the new Gram row, then ‖f‖² in column m. Kernels: float64 `[B, P, ≥ m+1]`, partial sums over P
         parts of a sample. Reference: `[B, 1, m+1]` in the accumulation dtype.
     before: `[FIELDS, B]`, the record as it was before the present step (kernels only).
-    active: `[max_steps]` int32, 1 where any sample went on after that step (kernels only).
+    active: `[max_steps]` int32, how many samples went on after that step (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
     """
 
@@ -111,11 +111,11 @@ def anderson_advance(
     ridge: float,
     relative_ridge: bool,
     last: bool,
-) -> bool:
+) -> int:
     """Judge every sample, keep the best iterates, and move the samples that go on to their next iterate.
 
     `last` says that no evaluation of f follows, so there is no next iterate to compute.
-    Returns whether any sample goes on.
+    Returns how many samples go on.
     """
     history, slot, record = state.history, step % state.history, state.record
     filled = min(step + 1, history)
@@ -127,8 +127,9 @@ def anderson_advance(
 
     improved, moving = record.judge(row[:, slot], dots[:, history], relative=relative, over_batch=over_batch)
     keep_best(state, improved, moving)
-    if last or not moving.any():
-        return bool(moving.any())
+    going = int(np.count_nonzero(moving))
+    if last or going == 0:
+        return going
 
     count = np.minimum(record.count.numpy() + 1, history)
     valid = _valid_slots(count, slot, filled) if (moving & (count < filled)).any() else None
@@ -143,7 +144,7 @@ def anderson_advance(
         else:
             torch.bmm(alpha[rows], ring[rows], out=state.spare[rows, None, :])
             state.x[rows] = state.spare[rows]
-    return True
+    return going
 
 
 def _sum_again(state: AndersonState, dots: NDArray[np.float64], slot: int, filled: int) -> None:

@@ -123,10 +123,10 @@ def _residual_of(state: BroydenState, fx: Tensor, step: int, rows: slice, runnin
     dots[:, :, slots].square_()
 
 
-def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool) -> bool:
+def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool) -> int:
     """Judge every sample, keep the best iterates, and move the samples that go on to their next iterate.
 
-    `last` says that no evaluation of f follows. Returns whether any sample goes on.
+    `last` says that no evaluation of f follows. Returns how many samples go on.
     """
     slots, record = state.slots, state.record
     slot, newest = step % slots, (step - 1) % slots
@@ -139,8 +139,9 @@ def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batc
         dots[:, 0, slots], dots[:, 1, slots], relative=relative, over_batch=over_batch
     )
     keep_best(state, improved, moving)
-    if last or not moving.any():
-        return bool(moving.any())
+    going = int(np.count_nonzero(moving))
+    if last or going == 0:
+        return going
 
     pairs = record.count.numpy()
     coefficients, useful = _coefficients(state, dots[:, 0, :slots], slot, pairs)
@@ -156,7 +157,7 @@ def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batc
             torch.bmm(weights[rows], ring[rows], out=state.x[rows, None, :])
         else:
             state.x[rows] = torch.bmm(weights[rows], ring[rows])[:, 0]
-    return True
+    return going
 
 
 def _extend(state: BroydenState, dots: NDArray[np.float64], newest: int, running: NDArray[np.bool_]) -> None:

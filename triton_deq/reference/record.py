@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..status import RUNNING, Status
 
@@ -50,6 +51,12 @@ class Record:
         """This record, or a copy of it on the host."""
         record = Record.__new__(Record)
         record.data = self.data.cpu()
+        return record
+
+    def select(self, samples: Tensor) -> "Record":
+        """A copy of these samples' columns."""
+        record = Record.__new__(Record)
+        record.data = self.data[:, samples.to(self.data.device)]
         return record
 
     status = property(lambda self: self.data[STATUS])

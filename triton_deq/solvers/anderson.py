@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..ops.anderson import AndersonState, anderson_start, anderson_step
+from ..ops.anderson import AndersonState, anderson_select, anderson_start, anderson_step
 from .stopping import Stopping
 
 
@@ -42,8 +42,8 @@ class Anderson:
 
     def step(
         self, state: AndersonState, fx: Tensor, step: int, stopping: Stopping, backend: str
-    ) -> bool | Tensor:
-        """Take in f(x), decide who stops, write the next x. Returns whether any sample goes on."""
+    ) -> int | Tensor:
+        """Take in f(x), decide who stops, write the next x. Returns how many samples go on."""
         return anderson_step(
             state,
             fx,
@@ -56,6 +56,10 @@ class Anderson:
             last=step + 1 == stopping.max_steps,
             backend=backend,
         )
+
+    def select(self, state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
+        """The state of these samples alone."""
+        return anderson_select(state, samples, backend)
 
 
 @dataclass(frozen=True)
@@ -84,5 +88,9 @@ class Picard:
 
     def step(
         self, state: AndersonState, fx: Tensor, step: int, stopping: Stopping, backend: str
-    ) -> bool | Tensor:
+    ) -> int | Tensor:
         return self.as_anderson.step(state, fx, step, stopping, backend)
+
+    def select(self, state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
+        """The state of these samples alone."""
+        return anderson_select(state, samples, backend)

@@ -10,6 +10,7 @@ from ..ops.broyden import (
     broyden_adjoint,
     broyden_advance,
     broyden_residual,
+    broyden_select,
     broyden_start,
 )
 from .stopping import Stopping
@@ -41,8 +42,8 @@ class Broyden:
 
     def step(
         self, state: BroydenState, fx: Tensor, step: int, stopping: Stopping, backend: str
-    ) -> bool | Tensor:
-        """Take in f(x), decide who stops, write the next x. Returns whether any sample goes on."""
+    ) -> int | Tensor:
+        """Take in f(x), decide who stops, write the next x. Returns how many samples go on."""
         broyden_residual(state, fx, step, backend)
         return broyden_advance(
             state,
@@ -52,6 +53,10 @@ class Broyden:
             last=step + 1 == stopping.max_steps,
             backend=backend,
         )
+
+    def select(self, state: BroydenState, samples: Tensor, backend: str) -> BroydenState:
+        """The state of these samples alone."""
+        return broyden_select(state, samples, backend)
 
     def adjoint(self, state: BroydenState, grad: Tensor) -> Tensor:
         """`grad (I − J)⁻¹` by the estimate of the inverse that a solve has left in `state`; rows `[B, N]`."""

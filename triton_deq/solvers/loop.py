@@ -11,6 +11,7 @@ from ..checks import check_state, check_value
 from ..reference.record import Record
 from ..status import Status
 from .anderson import Anderson
+from .compaction import Whole, check_compact
 from .solution import NotConverged, Solution
 from .stopping import Lookout, Stopping
 
@@ -20,7 +21,7 @@ class Solver(Protocol):
 
     def start(self, x: Tensor, stopping: Stopping, backend: str) -> Any: ...
 
-    def step(self, state: Any, fx: Tensor, step: int, stopping: Stopping, backend: str) -> bool | Tensor: ...
+    def step(self, state: Any, fx: Tensor, step: int, stopping: Stopping, backend: str) -> int | Tensor: ...
 
 
 def solve(
@@ -35,6 +36,7 @@ def solve(
     throw: bool = False,
     trace: bool = False,
     check_every: int = 1,
+    compact: float | None = None,
     debug: bool = False,
     backend: str = "auto",
 ) -> Solution:
@@ -57,6 +59,9 @@ def solve(
         trace: keep each evaluation's residuals in `Solution.trace`.
         check_every: on a GPU, how many evaluations of f may follow after the last sample has stopped, so that
             the host need not wait for the device; they change nothing. The reference stops at once.
+        compact: when no more than this share of the samples held still runs, go on with those alone:
+            `f.select(samples)`, samples being int64 indices into the batch, is then asked for a function of
+            states `[len(samples), ...]`. Sums may be added in another order from then on. None: never.
         debug: raise if f modifies its argument in place; costs a copy and a comparison an evaluation.
         backend: "auto", "triton" or "reference".
 
@@ -79,6 +84,7 @@ def solve(
         throw=throw,
         trace=trace,
         check_every=check_every,
+        compact=compact,
         debug=debug,
         backend=backend,
     )
@@ -93,23 +99,27 @@ def solve_and_keep(
     *,
     throw: bool,
     trace: bool,
+    compact: float | None,
     debug: bool,
     backend: str,
     **when: Any,
 ) -> tuple[Solution, Any]:
-    """`solve`, and the state that the solver has left behind: None where there was nothing to solve.
+    """`solve`, and the state that the solver has left behind: None where there was nothing to solve, or
+    where `compact` has dropped samples from it.
 
     when: the fields of `Stopping`.
     """
     check_state("z0", z0)
     check_solver("solver", solver)
     stopping = Stopping(**when)
+    check_compact(compact, f, stopping.norm_over)
     name, _ = backends.choose(z0, backend)
     if z0.numel() == 0:
         return empty_solution(z0, trace), None
 
     layout = Layout(z0)
     state = solver.start(layout.rows(z0.detach()), stopping, name)
+    whole = None if compact is None else Whole.of(f, state, compact)
     residuals: list[Tensor] = []
     lookout = Lookout(stopping.check_every)
     nfe = 0
@@ -119,12 +129,21 @@ def solve_and_keep(
         active = solver.step(state, fx, step, stopping, name)
         del fx  # while f runs again, its last value need not be there
         if trace:
-            residuals.append(state.record.residual.clone())
-        if lookout.done(active):
+            record = state.record if whole is None else whole.record_of(state)
+            residuals.append(record.residual.clone())
+        running = lookout.running(active)
+        if running == 0:
             break
+        if whole is not None and running is not None and whole.worth_it(running):
+            f, state = whole.shrink(solver, state, name)
+            if len(state.x) == 0:  # the rest stopped while the host was not looking
+                break
 
     traced = residuals if trace else None
-    return finish(layout.unrows(state.best), state.record, nfe, traced, throw), state
+    if whole is None:
+        return finish(layout.unrows(state.best), state.record, nfe, traced, throw), state
+    whole.take_in(state)
+    return finish(layout.unrows(whole.best), whole.record, nfe, traced, throw), None
 
 
 def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:
@@ -171,11 +190,11 @@ class Layout:
 
     def rows(self, z: Tensor) -> Tensor:
         """`[B, N]`; a view where z has this layout already."""
-        return z.permute(self._order).reshape(self._shape[0], -1)
+        return z.permute(self._order).reshape(z.shape[0], -1)
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """The state again, as a view."""
-        return rows.view(self._shape).permute(self._back)
+        """The state again, as a view; also of fewer samples."""
+        return rows.view(-1, *self._shape[1:]).permute(self._back)
 
 
 def check_solver(name: str, solver: Any) -> Solver:

@@ -28,7 +28,7 @@ class Stopping:
 
 
 class Lookout:
-    """Learns whether any sample goes on without making a GPU wait, at most `check_every` steps late.
+    """Learns how many samples go on without making a GPU wait, at most `check_every` steps late.
 
     The answer of every `period`-th step is copied to pinned memory and read `lag` steps later, when it has
     long arrived. The steps taken meanwhile find every sample frozen and change nothing.
@@ -40,19 +40,22 @@ class Lookout:
         self._step = 0
         self._under_way: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def done(self, active: bool | Tensor) -> bool:
-        """To be asked after each step, with what the step returned."""
-        if isinstance(active, bool):
-            return not active
+    def running(self, active: int | Tensor) -> int | None:
+        """How many samples went on when last seen, None while nothing new is known.
+
+        To be asked after each step, with what the step returned.
+        """
+        if isinstance(active, int):
+            return active
         self._step += 1
         if self._step % self._period == 0:
             self._under_way.append((self._step + self._lag, *_sent_to_host(active)))
         if not self._under_way or self._under_way[0][0] > self._step:
-            return False
+            return None
         _, answer, event = self._under_way.popleft()
         if event is not None:
             event.synchronize()
-        return not answer.item()
+        return int(answer.item())
 
 
 def _sent_to_host(active: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -7,7 +7,7 @@ from .rows import Row
 
 OURS = "triton-deq"
 TITLES = {
-    "step": "Solver alone: 20 Anderson steps with a history of 6, milliseconds a step beyond f",
+    "step": "Solver alone: 20 steps of Anderson(6) or of Broyden(10), milliseconds a step beyond f",
     "solve": "Whole solve to the same residual, milliseconds",
     "kernels": "Single ops (on a CPU the reference), milliseconds",
     "penalty": "Jacobian penalty, milliseconds",

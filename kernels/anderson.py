@@ -43,6 +43,7 @@ def take_in(
     lanes,
     HISTORY: tl.constexpr,
     MIXING: tl.constexpr,
+    LANDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """One block of `G = f − x` and of `x + β G` into ring slot `slot`.
@@ -56,7 +57,8 @@ def take_in(
     residual = (fx - wide_x).to(x.dtype).to(WIDE)
     iterate = (wide_x + MIXING * (fx - wide_x)).to(x.dtype)
     tl.store(residuals_ptr + slot * ring + row + columns, residual, mask=inside)
-    tl.store(iterates_ptr + slot * ring + row + columns, iterate, mask=inside)
+    if not (LANDED and MIXING == 1):
+        tl.store(iterates_ptr + slot * ring + row + columns, iterate, mask=inside)
 
     # In float64, which neither overflows nor underflows for squares of any float32.
     exact = residual.to(tl.float64)
@@ -88,12 +90,14 @@ def anderson_residual_kernel(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     MIXING: tl.constexpr,
+    LANDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """G = f − x and x + β G into ring slot `slot`; G · G_j and ‖f‖² of one part into `dots`.
 
     fx, x: [B, N]    residuals, iterates: [HISTORY, B, N]    dots: [B, parts, LANES]
     record, before: [FIELDS, B]
+    LANDED: fx is slot `slot` of iterates, where f has left it.
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
@@ -124,6 +128,7 @@ def anderson_residual_kernel(
                 lanes,
                 HISTORY,
                 MIXING,
+                LANDED,
                 WIDE,
             )
         tl.store(dots_ptr + (sample * parts + part) * LANES + lanes, dots)
@@ -167,7 +172,7 @@ def decide(
     active_ptr,
     B,
     sample,
-    step,
+    tick,
     slot,
     last,
     writes,
@@ -198,7 +203,7 @@ def decide(
     weights, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
 
     if writes:
-        write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit)
+        write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite, improved, limit)
         row = gram_ptr + sample * HISTORY * HISTORY
         tl.store(row + slot * HISTORY + lanes, sums, mask=lanes < HISTORY)
         tl.store(row + lanes * HISTORY + slot, sums, mask=lanes < HISTORY)
@@ -207,7 +212,7 @@ def decide(
     return improved, moving, weights
 
 
-@triton.jit(do_not_specialize=["step", "slot", "last", "B", "parts"])
+@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "last", "B", "parts"])
 def anderson_advance_kernel(
     x_ptr,
     best_ptr,
@@ -221,7 +226,8 @@ def anderson_advance_kernel(
     N,
     parts,
     chunk,
-    step,
+    tick,
+    next_tick,
     slot,
     last,
     HISTORY: tl.constexpr,
@@ -237,10 +243,13 @@ def anderson_advance_kernel(
     """Judge a sample, keep its best iterate, solve for the mixing weights and write its next iterate.
 
     x, best: [B, N]    iterates: [HISTORY, B, N]    dots: [B, parts, LANES]    gram: [B, HISTORY, HISTORY]
-    record, before: [FIELDS, B]    active: [max_steps], counts the samples that go on
+    record, before: [FIELDS, B]
+    active: in `tick` the samples that go on are counted; `next_tick` is cleared for the next step.
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
+    if (sample == 0) & (part == 0):
+        tl.store(active_ptr + next_tick, 0)
     if tl.load(before_ptr + STATUS * B + sample) == RUNNING:
         lanes = tl.arange(0, LANES)
         sums = sample_sums(dots_ptr, sample, parts, lanes, LANES, PARTS)
@@ -261,7 +270,7 @@ def anderson_advance_kernel(
             active_ptr,
             B,
             sample,
-            step,
+            tick,
             slot,
             last,
             part == 0,
@@ -291,7 +300,7 @@ def anderson_advance_kernel(
                 tl.store(x_ptr + row + columns, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["step", "slot", "filled", "last", "B"])
+@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "filled", "last", "B"])
 def anderson_step_kernel(
     fx_ptr,
     x_ptr,
@@ -303,7 +312,8 @@ def anderson_step_kernel(
     active_ptr,
     B,
     N,
-    step,
+    tick,
+    next_tick,
     slot,
     filled,
     last,
@@ -311,6 +321,7 @@ def anderson_step_kernel(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     MIXING: tl.constexpr,
+    LANDED: tl.constexpr,
     RELATIVE: tl.constexpr,
     RIDGE: tl.constexpr,
     RELATIVE_RIDGE: tl.constexpr,
@@ -320,9 +331,11 @@ def anderson_step_kernel(
     in registers between them.
 
     fx, x, best: [B, N]    residuals, iterates: [HISTORY, B, N]    gram: [B, HISTORY, HISTORY]
-    record: [FIELDS, B]    active: [max_steps]
+    record: [FIELDS, B]    active: as there
     """
     sample = tl.program_id(0)
+    if sample == 0:
+        tl.store(active_ptr + next_tick, 0)
     if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
         # Loaded here, the sums' barriers lie between these and the stores that renew them.
         best = tl.load(record_ptr + BEST * B + sample)
@@ -347,6 +360,7 @@ def anderson_step_kernel(
             lanes,
             HISTORY,
             MIXING,
+            LANDED,
             WIDE,
         )
         residual_sq = pick(sums, lanes, slot)
@@ -363,7 +377,7 @@ def anderson_step_kernel(
             active_ptr,
             B,
             sample,
-            step,
+            tick,
             slot,
             last,
             True,

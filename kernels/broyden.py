@@ -44,12 +44,14 @@ def broyden_residual_kernel(
     SLOTS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Close the pair in slot `newest`, open one in `slot`, and one part of the step's sums into `dots`.
 
     fx, x: [B, N]    moves, changes: [SLOTS, B, N]    record, before: [FIELDS, B]
     dots: [B, parts, 3, LANES]: s_i · g, s_i · (s_p − φ_p), s_p · φ_i; in lane SLOTS ‖g‖², ‖f‖², ‖s_p‖².
+    LANDED: fx is slot `slot` of changes, where f has left it.
     filled: how many slots have been written before this step; 0 in the first, which has no pair to close.
     """
     sample = tl.program_id(0)
@@ -75,7 +77,8 @@ def broyden_residual_kernel(
             move = tl.load(moves_ptr + newest * ring + row + columns, mask=closing, other=0).to(WIDE)
             change = tl.load(changes_ptr + newest * ring + row + columns, mask=closing, other=0).to(WIDE)
             tl.store(moves_ptr + slot * ring + row + columns, x, mask=inside)
-            tl.store(changes_ptr + slot * ring + row + columns, fx, mask=inside)
+            if not LANDED:
+                tl.store(changes_ptr + slot * ring + row + columns, fx, mask=inside)
             fx = fx.to(WIDE)
             x = x.to(WIDE)
 
@@ -123,7 +126,7 @@ def broyden_coefficients(matrix, squares, right, pairs, slot, lanes, SLOTS: tl.c
     return tl.where(useful, coefficients, 0.0), useful
 
 
-@triton.jit(do_not_specialize=["step", "slot", "newest", "last", "B", "parts"])
+@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "newest", "last", "B", "parts"])
 def broyden_advance_kernel(
     x_ptr,
     best_ptr,
@@ -138,7 +141,8 @@ def broyden_advance_kernel(
     N,
     parts,
     chunk,
-    step,
+    tick,
+    next_tick,
     slot,
     newest,
     last,
@@ -155,10 +159,12 @@ def broyden_advance_kernel(
     Every program of a sample takes the same decisions from the same numbers; part 0 writes them down.
 
     x, best: [B, N]    changes: [SLOTS, B, N]    dots: [B, parts, 3, LANES]    matrix: [B, SLOTS, SLOTS]
-    squares: [B, SLOTS]    record, before: [FIELDS, B]    active: [max_steps]
+    squares: [B, SLOTS]    record, before: [FIELDS, B]    active: as there
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
+    if (sample == 0) & (part == 0):
+        tl.store(active_ptr + next_tick, 0)
     if tl.load(before_ptr + STATUS * B + sample) == RUNNING:
         lanes = tl.arange(0, LANES)
         by_residual = sample_sums(dots_ptr, sample, parts, lanes, 3 * LANES, PARTS)
@@ -190,7 +196,7 @@ def broyden_advance_kernel(
         coefficients, useful = broyden_coefficients(matrix, squares, by_residual, pairs, slot, lanes, SLOTS)
 
         if part == 0:
-            write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit)
+            write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite, improved, limit)
             row = matrix_ptr + sample * SLOTS * SLOTS
             others = (lanes < SLOTS) & (lanes != newest)
             tl.store(row + newest * SLOTS + lanes, -by_change, mask=others)

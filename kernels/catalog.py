@@ -91,7 +91,8 @@ ODD = Rows(32, 1001, parts=1, chunk=1024, block=1024)
 # --------------------------------------------------------------------------------------------- Anderson
 
 
-def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "") -> Entry:
+def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "", *, landed: bool = False) -> Entry:
+    """landed: f has left its value in the ring."""
     wide = "fp64" if dtype == "fp64" else "fp32"
     return Entry(
         op="anderson",
@@ -109,6 +110,7 @@ def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "") -> En
             "LANES": _lanes(history),
             "BLOCK": rows.block,
             "MIXING": 1.0,
+            "LANDED": landed,
             "WIDE": getattr(tl, wide.replace("fp", "float")),
         },
         contiguous=("fx_ptr", "x_ptr", "residuals_ptr", "iterates_ptr"),
@@ -140,7 +142,7 @@ def _advance(
             **{name: Pointer("fp64") for name in ("gram_ptr", "record_ptr", "before_ptr")},
             "active_ptr": Pointer("i32"),
             **_sizes(rows),
-            "step": history,
+            **_ticks(history, history),
             "slot": 0,
             "last": 0,
             "HISTORY": history,
@@ -191,9 +193,10 @@ def _step_work(entry: Entry, batch: int, entries: int) -> int:
 
 
 def _residual_traffic(entry: Entry, batch: int, entries: int) -> int:
-    """Read f(x), x and the m − 1 older residuals; write a residual and an iterate; then the sums."""
+    """Read f(x), x and the m − 1 older residuals; write a residual and an iterate, if that is not there; then
+    the sums."""
     history, lanes = entry.arguments["HISTORY"], entry.arguments["LANES"]
-    states = (history + 3) * batch * entries * BYTES[entry.dtype]
+    states = (history + 3 - entry.arguments["LANDED"]) * batch * entries * BYTES[entry.dtype]
     return states + batch * (lanes * BYTES[entry.arguments["dots_ptr"].dtype] + 4 * 8)
 
 
@@ -242,12 +245,12 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
     if part == "residual":
         states = ("fx_ptr", "x_ptr", "moves_ptr", "changes_ptr")
         small = {"dots_ptr": fp64, "record_ptr": fp64, "before_ptr": fp64}
-        sizes = {**_sizes(rows), "slot": 0, "newest": memory, "filled": slots}
+        sizes = {**_sizes(rows), "slot": 0, "newest": memory, "filled": slots, "LANDED": False}
     else:
         states = ("x_ptr", "best_ptr", "changes_ptr")
         small = dict.fromkeys(("dots_ptr", "matrix_ptr", "squares_ptr", "record_ptr", "before_ptr"), fp64)
         small["active_ptr"] = Pointer("i32")
-        sizes = {**_sizes(rows), "step": slots, "slot": 0, "newest": memory, "last": 0}
+        sizes = {**_sizes(rows), **_ticks(slots, slots), "slot": 0, "newest": memory, "last": 0}
         constants |= {"PARTS": 1 << (rows.parts - 1).bit_length(), "RELATIVE": True, "OVER_BATCH": False}
     return Entry(
         op="broyden",
@@ -362,6 +365,12 @@ def _sizes(rows: Rows) -> dict[str, int]:
     return {"B": rows.batch, "N": rows.entries, "parts": rows.parts, "chunk": rows.chunk}
 
 
+def _ticks(slots: int, step: int) -> dict[str, int]:
+    """As `cycle_length` in the ops has it: a multiple of the slots, at least 4."""
+    cycle = slots * -(-4 // slots)
+    return {"tick": step % cycle, "next_tick": (step + 1) % cycle}
+
+
 def _lanes(history: int) -> int:
     """A power of 2 with room for the m dot products and ‖f‖²."""
     return 1 << history.bit_length()
@@ -393,6 +402,7 @@ ENTRIES: tuple[Entry, ...] = (
     _residual("bf16", 6),
     _traded(_residual("fp16", 5)),
     _residual("fp64", 6),
+    _residual("fp32", 6, note="landed", landed=True),
     _residual("fp32", 1),
     _residual("fp32", 10, ONE_LARGE, "one sample"),
     _residual("bf16", 6, ODD, "odd N"),

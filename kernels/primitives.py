@@ -105,17 +105,17 @@ def judge_sample(record_ptr, B, sample, residual_sq, value_sq, finite, best, REL
 
 
 @triton.jit
-def write_down(record_ptr, active_ptr, B, sample, step, status, residual, finite, improved, limit):
-    """The judgement into the record, and one more in `active[step]` if the sample goes on."""
+def write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite, improved, limit):
+    """The judgement into the record, and one more in `active[tick]` if the sample goes on."""
     tl.store(record_ptr + STATUS * B + sample, status)
-    tl.store(record_ptr + STEPS * B + sample, step + 1)
+    tl.store(record_ptr + STEPS * B + sample, tl.load(record_ptr + STEPS * B + sample) + 1)
     tl.store(record_ptr + LIMIT * B + sample, limit)
     if finite:
         tl.store(record_ptr + RESIDUAL * B + sample, residual)
     if improved:
         tl.store(record_ptr + BEST * B + sample, residual)
     if status == RUNNING:
-        tl.atomic_add(active_ptr + step, 1, sem="relaxed")  # of integers: the order does not matter
+        tl.atomic_add(active_ptr + tick, 1, sem="relaxed")  # of integers: the order does not matter
 
 
 @triton.jit

@@ -146,7 +146,8 @@ def call_op(entry: Entry, device: str) -> None:
         history = values["HISTORY"]
         state = anderson.anderson_start(state_like, history, 1e-3, history + 2, "triton")
         if kernel == "anderson_residual":
-            anderson.anderson_residual(state, state_like, history, values["MIXING"], "triton")
+            fx = anderson.anderson_landing(state, history) if values["LANDED"] else state_like
+            anderson.anderson_residual(state, fx, history, values["MIXING"], "triton")
         else:
             anderson.anderson_advance(
                 state,

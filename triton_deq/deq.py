@@ -11,6 +11,7 @@ from .checks import check_choice
 from .gradients import Gradient, ImplicitGradient, check_gradient, fixed_point
 from .jacobian import JacobianPenalty
 from .solvers import Anderson, Solution, Solver
+from .solvers.graph_cache import GraphCache
 from .solvers.loop import check_solver
 from .solvers.stopping import Stopping
 
@@ -40,6 +41,18 @@ class _Injected:
     def __call__(self, z: Tensor) -> Tensor:
         return self.cell(z, self.u)
 
+    @property
+    def module(self) -> nn.Module:
+        """Whose parameters and buffers are read; with `inputs` and `given`, what a graph cache asks."""
+        return self.cell
+
+    @property
+    def inputs(self) -> Any:
+        return self.u
+
+    def given(self, inputs: Any) -> "_Injected":
+        return _Injected(self.cell, inputs)
+
     def select(self, samples: Tensor) -> "_Injected":
         return _Injected(self.cell, self.cell.select(self.u, samples))
 
@@ -53,6 +66,9 @@ class DEQ(nn.Module):
             `select(u, samples)`, u for those samples of the batch alone.
         solver: `Anderson()` by default.
         tol, max_steps, residual, norm_over, check_every, compact, debug: as in `solve`.
+        graph: as in `solve`, but the forward's graphs are kept for inputs of the same shapes and dtypes (the
+            last 8 kinds), in memory that holds a solver state each. A cell that reads tensors other than z,
+            u, its parameters and buffers is captured anew for each solve.
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
         backend: "auto", "triton" or "reference".
@@ -73,6 +89,7 @@ class DEQ(nn.Module):
         check_every: int = 1,
         compact: float | None = None,
         debug: bool = False,
+        graph: bool = False,
         gradient: Gradient | None = None,
         penalty: JacobianPenalty | None = None,
         backend: str = "auto",
@@ -98,6 +115,7 @@ class DEQ(nn.Module):
             )
         self.compact = compact
         self.debug = debug
+        self.graph = GraphCache() if graph else False
         self.backend = backend
 
     def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
@@ -119,6 +137,7 @@ class DEQ(nn.Module):
             check_every=self.stopping.check_every,
             compact=self.compact,
             debug=self.debug,
+            graph=self.graph,
             gradient=self.gradient,
             backend=self.backend,
             return_solution=True,

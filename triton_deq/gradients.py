@@ -14,6 +14,7 @@ from torch import Tensor
 from . import backend as backends
 from .checks import check_choice, check_count, check_number, check_state
 from .solvers import Anderson, Broyden, Solution, Solver, solve
+from .solvers.graph import on_capture_stream
 from .solvers.loop import Layout, check_solver, solve_and_keep
 from .solvers.stopping import Stopping
 from .solvers.unrolled import unrolled_solve
@@ -85,13 +86,19 @@ class ImplicitGradient:
                 f"shine={self.shine!r} needs the pairs of all samples, and compact={options['compact']!r} "
                 "drops those of finished ones: give one of the two"
             )
-        solution, state = solve_and_keep(f, z0, solver, backend=backend, **options)
+        # An f that writes into the ring would do so for stopped samples too, whose pairs SHINE needs.
+        copied = f if self.shine is None else lambda z: f(z)
+        solution, state = solve_and_keep(copied, z0, solver, backend=backend, **options)
         at = solution.value.detach().requires_grad_()
-        value = f(at)
+        graph = bool(options["graph"])
+        with on_capture_stream(at.device, graph):
+            value = f(at)
         estimate = None
         if isinstance(solver, Broyden) and self.shine is not None and state is not None:
             estimate = _Estimate(solver, state, Layout(at))
-        return _ImplicitFunction.apply(value, at, _Adjoint(self, solution, backend, estimate)), solution
+        return _ImplicitFunction.apply(
+            value, at, _Adjoint(self, solution, backend, graph, estimate)
+        ), solution
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class _Adjoint:
     gradient: ImplicitGradient
     forward: Solution
     backend: str
+    graph: bool
     estimate: _Estimate | None
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
@@ -127,6 +135,7 @@ class _Adjoint:
             tol=gradient.tol,
             max_steps=gradient.max_steps,
             throw=gradient.throw,
+            graph=self.graph and grad.device.type == "cuda",
             backend=self.backend,
         )
         object.__setattr__(self.forward, "backward", solution)
@@ -238,6 +247,7 @@ def fixed_point(
     check_every: int = 1,
     compact: float | None = None,
     debug: bool = False,
+    graph: Any = False,
     gradient: Gradient | None = None,
     backend: str = "auto",
     return_solution: bool = False,
@@ -248,8 +258,8 @@ def fixed_point(
     `Solution.nfe` says (`PhantomGradient`: `steps` times more), to record its graph.
 
     Args:
-        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, check_every, compact, debug,
-            backend: as in `solve`.
+        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, check_every, compact, debug, graph,
+            backend: as in `solve`. With `graph=True` an `ImplicitGradient` solves in a graph as well.
         gradient: `ImplicitGradient()` if not given, `PhantomGradient(...)` or `UnrolledGradient()`.
         return_solution: also return the `Solution`.
 
@@ -273,6 +283,7 @@ def fixed_point(
         "check_every": check_every,
         "compact": compact,
         "debug": debug,
+        "graph": graph,
     }
     if torch.is_grad_enabled():
         value, solution = gradient.fixed_point(f, z0, solver, backend, **options)

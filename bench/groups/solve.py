@@ -43,7 +43,9 @@ def cases(setting: Setting) -> Iterator[Case]:
 def _case(setting: Setting, kind: str, shape: tuple[int, ...], tol: float) -> Case:
     problem = make(kind, shape, setting.device, seed=setting.seed)
     variants = [
-        Variant(name, partial(_ours, problem, tol, backend), backend) for name, backend in ours(setting)
+        Variant(name + of, partial(_ours, problem, solver, tol, backend), backend)
+        for name, backend in ours(setting)
+        for of, solver in (("", td.Anderson(history=HISTORY)), (" broyden", td.Broyden()))
     ]
     for peer in PEERS:
         call = partial(_peer, peer, problem, tol)
@@ -60,9 +62,8 @@ def _peer(peer: Peer, problem: Problem, tol: float, solve: Solve) -> Call:
     return peer_call(problem, steps_to(peer.load(), problem.f, problem.z0, tol), solve)
 
 
-def _ours(problem: Problem, tol: float, backend: str) -> Call:
+def _ours(problem: Problem, solver: td.Anderson | td.Broyden, tol: float, backend: str) -> Call:
     def call() -> Solved:
-        solver = td.Anderson(history=HISTORY)
         solution = td.solve(problem.f, problem.z0, solver, tol=tol, max_steps=60, backend=backend)
         return Solved(solution.value, solution.nfe)
 

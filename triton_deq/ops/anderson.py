@@ -13,12 +13,14 @@ from torch import Tensor
 from ..reference import anderson as reference
 from ..reference.anderson import AndersonState
 from ..reference.record import Record
-from .launch import MAX_BLOCK, launch, next_power_of_2, partition, wide_dtype
+from .launch import MAX_BLOCK, cycle_length, launch, next_power_of_2, partition, wide_dtype
 
 __all__ = [
     "AndersonState",
     "anderson_advance",
+    "anderson_landing",
     "anderson_residual",
+    "anderson_restart",
     "anderson_select",
     "anderson_start",
     "anderson_step",
@@ -43,7 +45,7 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend:
         dots=x.new_empty((batch, parts, next_power_of_2(history + 1)), dtype=torch.float64),
         record=record,
         before=torch.empty_like(record.data),
-        active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),
+        active=torch.zeros(cycle_length(history), dtype=torch.int32, device=x.device),
         spare=x.new_empty(0),
     )
 
@@ -93,17 +95,38 @@ def anderson_step(
         state.active,
         batch,
         entries,
-        step,
+        step % len(state.active),
+        (step + 1) % len(state.active),
         step % state.history,
         min(step + 1, state.history),
         int(last),
         MIXING=mixing,
+        LANDED=_landed(state, fx, step),
         RELATIVE=relative,
         RIDGE=ridge,
         RELATIVE_RIDGE=relative_ridge,
         **constants,
     )
-    return state.active[step]
+    return state.active[step % len(state.active)]
+
+
+def anderson_landing(state: AndersonState, step: int) -> Tensor | None:
+    """Where f may leave its value in this step, `[B, N]`; None where the ring has another dtype."""
+    return state.iterates[step % state.history] if state.iterates.dtype == state.x.dtype else None
+
+
+def _landed(state: AndersonState, fx: Tensor, step: int) -> bool:
+    """Whether f has left its value there."""
+    return fx.data_ptr() == state.iterates[step % state.history].data_ptr()
+
+
+def anderson_restart(state: AndersonState, x: Tensor, tol: float) -> None:
+    """Put the state back to before the first step, from another x `[B, N]`, in the memory that it has."""
+    state.x.copy_(x)
+    state.best.copy_(x)
+    state.record.reset(tol)
+    state.gram.zero_()
+    state.active.zero_()
 
 
 def anderson_select(state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
@@ -148,6 +171,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
         step % state.history,
         min(step + 1, state.history),
         MIXING=mixing,
+        LANDED=_landed(state, fx, step),
         **constants,
     )
     return None
@@ -194,7 +218,8 @@ def anderson_advance(
         *state.x.shape,
         cut.parts,
         cut.chunk,
-        step,
+        step % len(state.active),
+        (step + 1) % len(state.active),
         step % state.history,
         int(last),
         PARTS=next_power_of_2(cut.parts),
@@ -204,7 +229,7 @@ def anderson_advance(
         RELATIVE_RIDGE=relative_ridge,
         **constants,
     )
-    return state.active[step]
+    return state.active[step % len(state.active)]
 
 
 def _geometry(state: AndersonState) -> tuple[tuple[int, int], Any, dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference import broyden as reference
 from ..reference.broyden import BroydenState, broyden_adjoint, slots_for
 from ..reference.record import Record
-from .launch import Partition, launch, next_power_of_2, partition, wide_dtype
+from .launch import Partition, cycle_length, launch, next_power_of_2, partition, wide_dtype
 
 BLOCK_BYTES = 4096
 """Of one state at a time: the products with a pair hold three of them in float64 registers."""
@@ -22,7 +22,9 @@ __all__ = [
     "BroydenState",
     "broyden_adjoint",
     "broyden_advance",
+    "broyden_landing",
     "broyden_residual",
+    "broyden_restart",
     "broyden_select",
     "broyden_start",
 ]
@@ -47,9 +49,29 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: s
         dots=x.new_empty((batch, parts, 3, next_power_of_2(slots + 1)), dtype=torch.float64),
         record=record,
         before=torch.empty_like(record.data),
-        active=torch.zeros(max_steps, dtype=torch.int32, device=x.device),
+        active=torch.zeros(cycle_length(slots), dtype=torch.int32, device=x.device),
         spare=x.new_empty(0),
     )
+
+
+def broyden_landing(state: BroydenState, step: int) -> Tensor | None:
+    """Where f may leave its value in this step, `[B, N]`; None where the ring has another dtype."""
+    return state.changes[step % state.slots] if state.changes.dtype == state.x.dtype else None
+
+
+def _landed(state: BroydenState, fx: Tensor, step: int) -> bool:
+    """Whether f has left its value there."""
+    return fx.data_ptr() == state.changes[step % state.slots].data_ptr()
+
+
+def broyden_restart(state: BroydenState, x: Tensor, tol: float) -> None:
+    """Put the state back to before the first step, from another x `[B, N]`, in the memory that it has."""
+    state.x.copy_(x)
+    state.best.copy_(x)
+    state.record.reset(tol)
+    state.matrix.zero_()
+    state.squares.zero_()
+    state.active.zero_()
 
 
 def broyden_select(state: BroydenState, samples: Tensor, backend: str) -> BroydenState:
@@ -95,6 +117,7 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
         step % state.slots,
         (step - 1) % state.slots,
         min(step, state.slots),
+        LANDED=_landed(state, fx, step),
         **constants,
     )
     return None
@@ -126,7 +149,8 @@ def broyden_advance(
         *state.x.shape,
         cut.parts,
         cut.chunk,
-        step,
+        step % len(state.active),
+        (step + 1) % len(state.active),
         step % state.slots,
         (step - 1) % state.slots,
         int(last),
@@ -135,7 +159,7 @@ def broyden_advance(
         OVER_BATCH=over_batch,
         **constants,
     )
-    return state.active[step]
+    return state.active[step % len(state.active)]
 
 
 def _geometry(state: BroydenState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:

@@ -44,6 +44,14 @@ def partition(batch: int, entries: int, most: int = MAX_BLOCK) -> Partition:
     return Partition(parts=-(-entries // chunk), chunk=chunk, block=block)
 
 
+def cycle_length(slots: int) -> int:
+    """After how many steps a step's arguments are the same again: a multiple of the ring's slots, at least 4.
+
+    A CUDA graph holds that many, and the host looks as rarely.
+    """
+    return slots * -(-4 // slots)
+
+
 def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 

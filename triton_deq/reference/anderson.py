@@ -39,7 +39,7 @@ class AndersonState:
     dots: the new Gram row, then ‖f‖² in column m. Kernels: float64 `[B, P, ≥ m+1]`, partial sums over P
         parts of a sample. Reference: `[B, 1, m+1]` in the accumulation dtype.
     before: `[FIELDS, B]`, the record as it was before the present step (kernels only).
-    active: `[max_steps]` int32, how many samples went on after that step (kernels only).
+    active: `[cycle]` int32, how many samples went on after step k, in k mod cycle (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
     """
 
@@ -93,7 +93,8 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
 
     residual = torch.sub(fx, x, out=state.residuals[slot])
     if mixing == 1:
-        state.iterates[slot].copy_(fx)
+        if fx.data_ptr() != state.iterates[slot].data_ptr():  # else f has left it there
+            state.iterates[slot].copy_(fx)
     else:
         torch.lerp(x, fx, mixing, out=state.iterates[slot])
 

@@ -119,7 +119,8 @@ def _residual_of(state: BroydenState, fx: Tensor, step: int, rows: slice, runnin
         dots[:, 2:, :filled] = torch.bmm(move[:, None], changes[:filled].permute(1, 2, 0))
         dots[:, 2, slots] = torch.linalg.vector_norm(move, dim=1)
     assign(moves[slot], x, running)
-    assign(changes[slot], fx, running)
+    if fx.data_ptr() != changes[slot].data_ptr():  # else f has left it there
+        assign(changes[slot], fx, running)
     dots[:, :, slots].square_()
 
 

@@ -35,7 +35,12 @@ class Record:
     """
 
     def __init__(self, batch: int, tol: float, device: torch.device):
-        self.data = torch.zeros(FIELDS, batch, dtype=torch.float64, device=device)
+        self.data = torch.empty(FIELDS, batch, dtype=torch.float64, device=device)
+        self.reset(tol)
+
+    def reset(self, tol: float) -> None:
+        """As before the first step."""
+        self.data.zero_()
         self.status.fill_(RUNNING)
         self.residual.fill_(torch.inf)
         self.best.fill_(torch.inf)

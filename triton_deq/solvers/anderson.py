@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..ops.anderson import AndersonState, anderson_select, anderson_start, anderson_step
+from ..ops.anderson import (
+    AndersonState,
+    anderson_landing,
+    anderson_restart,
+    anderson_select,
+    anderson_start,
+    anderson_step,
+)
 from .stopping import Stopping
 
 
@@ -57,6 +64,14 @@ class Anderson:
             backend=backend,
         )
 
+    def landing(self, state: AndersonState, step: int) -> Tensor | None:
+        """Where f may leave its value in this step, if anywhere."""
+        return anderson_landing(state, step)
+
+    def restart(self, state: AndersonState, x: Tensor, stopping: Stopping) -> None:
+        """Put the state back to before the first step, from another x."""
+        anderson_restart(state, x, stopping.tol)
+
     def select(self, state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
         """The state of these samples alone."""
         return anderson_select(state, samples, backend)
@@ -90,6 +105,14 @@ class Picard:
         self, state: AndersonState, fx: Tensor, step: int, stopping: Stopping, backend: str
     ) -> int | Tensor:
         return self.as_anderson.step(state, fx, step, stopping, backend)
+
+    def landing(self, state: AndersonState, step: int) -> Tensor | None:
+        """Where f may leave its value in this step, if anywhere."""
+        return anderson_landing(state, step)
+
+    def restart(self, state: AndersonState, x: Tensor, stopping: Stopping) -> None:
+        """Put the state back to before the first step, from another x."""
+        anderson_restart(state, x, stopping.tol)
 
     def select(self, state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
         """The state of these samples alone."""

@@ -9,7 +9,9 @@ from ..ops.broyden import (
     BroydenState,
     broyden_adjoint,
     broyden_advance,
+    broyden_landing,
     broyden_residual,
+    broyden_restart,
     broyden_select,
     broyden_start,
 )
@@ -53,6 +55,14 @@ class Broyden:
             last=step + 1 == stopping.max_steps,
             backend=backend,
         )
+
+    def landing(self, state: BroydenState, step: int) -> Tensor | None:
+        """Where f may leave its value in this step, if anywhere."""
+        return broyden_landing(state, step)
+
+    def restart(self, state: BroydenState, x: Tensor, stopping: Stopping) -> None:
+        """Put the state back to before the first step, from another x."""
+        broyden_restart(state, x, stopping.tol)
 
     def select(self, state: BroydenState, samples: Tensor, backend: str) -> BroydenState:
         """The state of these samples alone."""

@@ -12,6 +12,8 @@ from ..reference.record import Record
 from ..status import Status
 from .anderson import Anderson
 from .compaction import Whole, check_compact
+from .graph import Replays, usable
+from .graph_cache import GraphCache
 from .solution import NotConverged, Solution
 from .stopping import Lookout, Stopping
 
@@ -38,6 +40,7 @@ def solve(
     check_every: int = 1,
     compact: float | None = None,
     debug: bool = False,
+    graph: bool = False,
     backend: str = "auto",
 ) -> Solution:
     """Find z with `f(z) = z` for each sample of a batch, without gradients.
@@ -47,7 +50,9 @@ def solve(
     what it wants to keep of it.
 
     Args:
-        f: from a state to a tensor of the same shape, dtype and device. What it raises passes through.
+        f: from a state to a tensor of the same shape, dtype and device. What it raises passes through. If
+            it has a method `write(z, out)` that leaves f(z) in out, that is called where the solver has a
+            place for the value, which saves a copy.
         z0: `[B, ...]`, real floating, any strides; not modified. B may be 0.
         solver: `Anderson()` if not given, or `Broyden()`, or `Picard()`.
         tol: the residual at which a sample has converged; 0 takes all of max_steps.
@@ -63,6 +68,11 @@ def solve(
             `f.select(samples)`, samples being int64 indices into the batch, is then asked for a function of
             states `[len(samples), ...]`. Sums may be added in another order from then on. None: never.
         debug: raise if f modifies its argument in place; costs a copy and a comparison an evaluation.
+        graph: on a GPU, take all but the first few steps in a CUDA graph of f and the solver, so that no
+            Python runs between them. The host looks once a cycle (a multiple of the history, at least 4
+            steps), so f may be evaluated a cycle too often. f must be capturable: no read of the device by
+            the host. The graph lasts for this solve; that of a `DEQ` is used again. On a CPU it warns and
+            does nothing.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -71,7 +81,7 @@ def solve(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
         NotConverged: with `throw=True`.
-        RuntimeError: with `debug=True`, an f that modifies z.
+        RuntimeError: with `debug=True`, an f that modifies z; with `graph=True`, one that cannot be captured.
     """
     solution, _ = solve_and_keep(
         f,
@@ -86,6 +96,7 @@ def solve(
         check_every=check_every,
         compact=compact,
         debug=debug,
+        graph=graph,
         backend=backend,
     )
     return solution
@@ -101,6 +112,7 @@ def solve_and_keep(
     trace: bool,
     compact: float | None,
     debug: bool,
+    graph: bool | GraphCache,
     backend: str,
     **when: Any,
 ) -> tuple[Solution, Any]:
@@ -118,13 +130,17 @@ def solve_and_keep(
         return empty_solution(z0, trace), None
 
     layout = Layout(z0)
+    if graph and usable(z0.device, name, compact):
+        solution, state = _solve_in_graphs(f, layout, z0, solver, stopping, name, trace, debug, graph)
+        return _thrown(solution, throw), state
+
     state = solver.start(layout.rows(z0.detach()), stopping, name)
     whole = None if compact is None else Whole.of(f, state, compact)
     residuals: list[Tensor] = []
     lookout = Lookout(stopping.check_every)
     nfe = 0
     for step in range(stopping.max_steps):
-        fx = layout.rows(evaluate(f, layout.unrows(state.x), debug))
+        fx = _value(f, layout, solver, state, step, debug)
         nfe += 1
         active = solver.step(state, fx, step, stopping, name)
         del fx  # while f runs again, its last value need not be there
@@ -144,6 +160,60 @@ def solve_and_keep(
         return finish(layout.unrows(state.best), state.record, nfe, traced, throw), state
     whole.take_in(state)
     return finish(layout.unrows(whole.best), whole.record, nfe, traced, throw), None
+
+
+def _solve_in_graphs(
+    f: Any,
+    layout: "Layout",
+    z0: Tensor,
+    solver: Any,
+    stopping: Stopping,
+    backend: str,
+    trace: bool,
+    debug: bool,
+    graph: bool | GraphCache,
+) -> tuple[Solution, Any]:
+    """The same with graphs: of this solve alone, or those that a cache has from earlier ones."""
+    x = layout.rows(z0.detach())
+    entry = graph.find(f, x, (solver, stopping, trace)) if isinstance(graph, GraphCache) else None
+    if entry is not None and entry.replays is not None:
+        state, replays, call = entry.state, entry.replays, entry.f
+        solver.restart(state, x, stopping)
+    else:
+        state = solver.start(x, stopping, backend)
+        cycle = len(state.active)
+        trail = state.record.data.new_empty(cycle, len(x)) if trace else None
+        replays, call = Replays(z0.device, cycle, trail), f
+        if entry is not None:
+            entry.state, entry.replays, call = state, replays, entry.watched
+
+    def one(step: int) -> None:
+        known = step >= replays.cycle or replays.warm  # then this is captured, and debug may not compare
+        function = f if entry is None else entry.f if known else call
+        fx = _value(function, layout, solver, state, step, debug and not known)
+        solver.step(state, fx, step, stopping, backend)
+
+    nfe, traced = replays.run(one, state, stopping.max_steps)
+    if isinstance(graph, GraphCache) and entry is not None and not entry.knows_all():
+        graph.forget(entry)
+    value = layout.unrows(state.best if entry is None else state.best.clone())
+    return finish(value, state.record, nfe, traced if trace else None, throw=False), state
+
+
+def _value(f: Any, layout: "Layout", solver: Any, state: Any, step: int, debug: bool) -> Tensor:
+    """f at the state's iterate, as rows: put into the solver's ring by f itself if it can do that."""
+    z = layout.unrows(state.x)
+    landing = solver.landing(state, step) if hasattr(f, "write") else None
+    if landing is None:
+        return layout.rows(evaluate(f, z, debug))
+    out = layout.unrows(landing)
+
+    def written(z: Tensor) -> Tensor:
+        f.write(z, out)
+        return out
+
+    evaluate(written, z, debug)
+    return landing
 
 
 def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:
@@ -170,6 +240,10 @@ def finish(value: Tensor, record: Record, nfe: int, traced: list[Tensor] | None,
         nfe=nfe,
         trace=None if traced is None else torch.stack(traced).to(at),
     )
+    return _thrown(solution, throw)
+
+
+def _thrown(solution: Solution, throw: bool) -> Solution:
     if throw and not solution.converged.all():
         raise NotConverged(solution)
     return solution

@@ -28,6 +28,7 @@ def unrolled_solve(
     check_every: int,
     compact: float | None,
     debug: bool,
+    graph: bool,
 ) -> tuple[Tensor, Solution]:
     """Like `solve`, but the value carries the graph of every step; returns `(value, Solution)`.
 
@@ -35,13 +36,14 @@ def unrolled_solve(
 
     Raises:
         TypeError: a solver that is neither Anderson nor Picard, besides what `solve` raises.
-        ValueError: `compact`, likewise.
+        ValueError: `compact` or `graph`, likewise.
     """
     check_state("z0", z0)
-    if compact is not None:
-        raise ValueError(
-            f"compact={compact!r} cannot be unrolled: leave it out, or use td.ImplicitGradient()"
-        )
+    for name, given in (("compact", compact), ("graph", graph or None)):
+        if given is not None:
+            raise ValueError(
+                f"{name}={given!r} cannot be unrolled: leave it out, or use td.ImplicitGradient()"
+            )
     anderson = _as_anderson(solver)
     stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
     if z0.numel() == 0:

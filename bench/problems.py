@@ -4,24 +4,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+import triton_deq as td
+
 Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CellFunction:
+    """`z ↦ cell(z, u)`, with the cell's own product for those who know to ask."""
+
+    cell: td.MLPCell
+    u: Tensor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.cell(z, self.u)
+
+    def vjp(self, z: Tensor) -> tuple[Tensor, Function]:
+        product = self.cell.vjp
+        assert product is not None, "the cell is as built"
+        return product(z, self.u)
 
 
 @dataclass(frozen=True)
 class Problem:
     """`f(z) = tanh(A z + b)` from z0 = 0, A a linear map of norm at most its gain, so f contracts.
 
-    kind: how A acts: "pointwise" (a weight per entry), "dense" (a matrix), "convolution" (3×3, same size).
+    kind: how A acts: "pointwise" (a weight per entry), "dense" (a matrix), "mlp cell" (the same, as a
+        `td.MLPCell`, which knows its vector-Jacobian product), "convolution" (3×3, same size).
     """
 
     kind: str
     weight: Tensor
     bias: Tensor
+    cell: td.MLPCell | None = None
 
-    def f(self, z: Tensor) -> Tensor:
+    @property
+    def f(self) -> Function:
+        return self._value if self.cell is None else CellFunction(self.cell, self.bias)
+
+    def _value(self, z: Tensor) -> Tensor:
         if self.kind == "pointwise":
             return torch.tanh(self.weight * z + self.bias)
         if self.kind == "dense":
@@ -64,7 +88,7 @@ def make(
     bias = 0.5 * randn(*shape)
     if kind == "pointwise":
         weight = gain * torch.rand(shape[1], generator=generator)
-    elif kind == "dense":
+    elif kind in ("dense", "mlp cell"):
         weight = randn(shape[1], shape[1])
         weight *= gain / _norm(lambda z: z @ weight.T, lambda z: z @ weight, randn(1, shape[1]))
     elif kind == "convolution":
@@ -76,9 +100,15 @@ def make(
             randn(1, *shape[1:]),
         )
     else:
-        raise ValueError(f"kind={kind!r} is unknown: choose 'pointwise', 'dense' or 'convolution'")
+        raise ValueError(
+            f"kind={kind!r} is unknown: choose 'pointwise', 'dense', 'mlp cell' or 'convolution'"
+        )
     weight, bias = (tensor.to(device, dtype).requires_grad_(grad) for tensor in (weight, bias))
-    return Problem(kind, weight, bias)
+    if kind != "mlp cell":
+        return Problem(kind, weight, bias)
+    cell = td.MLPCell(shape[1], 1).to(device, dtype)
+    cell.state.weight = nn.Parameter(weight.detach(), requires_grad=grad)
+    return Problem(kind, cell.state.weight, bias, cell)
 
 
 def _norm(linear: Function, transposed: Function, z: Tensor, steps: int = 30) -> float:

@@ -171,3 +171,32 @@ def test_penalty_is_weight_times_norm():
         torch.manual_seed(1)
         penalty = td.JacobianPenalty(weight, distribution="rademacher")(lambda z: 0.5 * z, z, "reference")
         assert math.isclose(penalty.item(), weight * 0.25)
+
+
+def test_penalty_grows_stops_and_knows_pretraining():
+    f, z = (lambda z: 0.5 * z), torch.ones(4, 3, dtype=torch.float64)
+    penalty = td.JacobianPenalty(
+        2.0, distribution="rademacher", growth=0.5, growth_interval=2, stop_after=5, pretraining_weight=8.0
+    )
+    values = []
+    for call in range(7):
+        penalty.pretraining = call == 1
+        values.append(penalty(f, z, "reference").item() / 0.25)
+    assert values == [2.0, 8.0, 2.5, 2.5, 3.0, 0.0, 0.0]
+    assert (penalty.calls, penalty.fired) == (7, 5)
+    assert "fired=5 of 7" in repr(penalty)
+
+    again = td.JacobianPenalty(2.0, growth=0.5, growth_interval=2)
+    again.load_state_dict(penalty.state_dict())
+    assert (again.calls, again.fired) == (7, 5)
+    assert again.present_weight == 3.5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"growth": -1.0}, {"growth_interval": 0}, {"stop_after": -1}, {"pretraining_weight": -2.0}],
+    ids=str,
+)
+def test_penalty_fields_are_checked(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        td.JacobianPenalty(1.0, **fields)

@@ -3,7 +3,7 @@
 `solve` finds a fixed point, `fixed_point` one with a gradient, `DEQ` wraps a cell into a model.
 """
 
-from .cells import MLPCell
+from .cells import Activation, MLPCell
 from .deq import DEQ, DEQOutput
 from .gradients import ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
 from .jacobian import JacobianPenalty, jacobian_norm, spectral_radius
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEQ",
+    "Activation",
     "Anderson",
     "Broyden",
     "DEQOutput",

@@ -42,6 +42,14 @@ class _Injected:
         return self.cell(z, self.u)
 
     @property
+    def vjp(self) -> Any:
+        """`z ↦ (value, ε ↦ εᵀJ)` where the cell knows it, else None."""
+        product = getattr(self.cell, "vjp", None)
+        # What is hooked onto the cell runs when it is called, and only then.
+        hooked = self.cell._forward_hooks or self.cell._forward_pre_hooks
+        return None if product is None or hooked else lambda z: product(z, self.u)
+
+    @property
     def module(self) -> nn.Module:
         """Whose parameters and buffers are read; with `inputs` and `given`, what a graph cache asks."""
         return self.cell
@@ -63,7 +71,8 @@ class DEQ(nn.Module):
     Args:
         cell: a module with `inject(x) -> u`, which is computed once, and `forward(z, u) -> z`. It may have
             `initial_state(u) -> z0`; else the solve starts from zeros like u. For `compact` it needs
-            `select(u, samples)`, u for those samples of the batch alone.
+            `select(u, samples)`, u for those samples of the batch alone. If it has `vjp(z, u)`, which
+            returns its value and `ε ↦ εᵀJ`, gradient and penalty use that.
         solver: `Anderson()` by default.
         tol, max_steps, residual, norm_over, check_every, compact, debug: as in `solve`.
         graph: as in `solve`, but the forward's graphs are kept for inputs of the same shapes and dtypes (the

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .checks import check_choice, check_count, check_number, check_state
+from .checks import check_choice, check_count, check_number, check_state, check_value
+from .jacobian import closed_vjp
 from .solvers import Anderson, Broyden, Solution, Solver, solve
 from .solvers.graph import on_capture_stream
 from .solvers.loop import Layout, check_solver, solve_and_keep
@@ -91,14 +92,15 @@ class ImplicitGradient:
         solution, state = solve_and_keep(copied, z0, solver, backend=backend, **options)
         at = solution.value.detach().requires_grad_()
         graph = bool(options["graph"])
+        closed = closed_vjp(f)
         with on_capture_stream(at.device, graph):
-            value = f(at)
+            value, pullback = (f(at), None) if closed is None else closed(at)
+        check_value(value, at)
         estimate = None
         if isinstance(solver, Broyden) and self.shine is not None and state is not None:
             estimate = _Estimate(solver, state, Layout(at))
-        return _ImplicitFunction.apply(
-            value, at, _Adjoint(self, solution, backend, graph, estimate)
-        ), solution
+        adjoint = _Adjoint(self, solution, backend, graph, estimate, pullback)
+        return _ImplicitFunction.apply(value, at, adjoint), solution
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class _Adjoint:
     backend: str
     graph: bool
     estimate: _Estimate | None
+    pullback: Function | None
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
         """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
@@ -165,11 +168,11 @@ class _ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        def product(u: Tensor) -> Tensor:
+        def by_autograd(u: Tensor) -> Tensor:
             (result,) = torch.autograd.grad(ctx.value, ctx.at, u, retain_graph=True, materialize_grads=True)
             return result
 
-        u = ctx.adjoint.solve(product, grad)
+        u = ctx.adjoint.solve(ctx.adjoint.pullback or by_autograd, grad)
         if torch.is_grad_enabled():  # asked for with create_graph=True
             u = _RefuseSecond.apply(u.requires_grad_())
         return u, None, None

@@ -29,7 +29,9 @@ def jacobian_norm(
     what f closes over.
 
     Args:
-        f: from a state to a state; the samples of a batch must not depend on each other.
+        f: from a state to a state; the samples of a batch must not depend on each other. If it has a method
+            `vjp(z)` that returns f(z) and the function `ε ↦ εᵀJ` for ε `[M, B, ...]`, both differentiable,
+            that is called instead of the autograd engine, and no double backward is needed.
         z: `[B, ...]`, floating.
         probes: M, how many random vectors.
         distribution: of their entries: "gaussian", or "rademacher" (±1), whose variance is lower.
@@ -50,14 +52,22 @@ def jacobian_norm(
     name, _ = backends.choose(z, backend)
     seed = draw_seed(z.device, generator)
 
-    value, pullback = vjp(f, z)
+    closed = closed_vjp(f)
+    value, pullback = vjp(f, z) if closed is None else closed(z)
+    check_value(value, z)
     if z.numel() == 0:
         return squared_norm(value, name).sum()
-    total = torch.zeros((), dtype=accumulate_dtype(z.dtype), device=z.device)
-    for index in range(probes):
-        product = pullback(probe(value, seed, index, distribution, name))
-        total = total + squared_norm(product, name).sum()
-    return total / (probes * z.numel())
+    vectors = (probe(value, seed, index, distribution, name) for index in range(probes))
+    if closed is None:
+        norms = [squared_norm(pullback(vector), name).sum() for vector in vectors]
+        return torch.stack(norms).sum() / (probes * z.numel())
+    products = pullback(torch.stack(list(vectors)))  # of all probes at once
+    return squared_norm(products.flatten(0, 1), name).sum() / (probes * z.numel())
+
+
+def closed_vjp(f: Any) -> Callable[[Tensor], tuple[Tensor, Function]] | None:
+    """f's own `z ↦ (f(z), ε ↦ εᵀJ)` for ε `[..., B, ...]`, if it has one."""
+    return getattr(f, "vjp", None)
 
 
 def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
@@ -181,8 +191,8 @@ def _normalise(rows: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tenso
 class JacobianPenalty(nn.Module):
     """`τ γ · jacobian_norm(f, z*)` with `τ ~ Bernoulli(p)` drawn once a call (arXiv 2106.14342, eq. 6).
 
-    The draws come from a seeded generator of their own, so that every data-parallel rank draws the same;
-    its state is part of `state_dict`.
+    The draws come from a seeded generator of their own, so that every data-parallel rank draws the same. Its
+    state and the counts are part of `state_dict`. A call is a training step.
 
     Args:
         weight: γ ≥ 0. The paper uses 0.5 (CIFAR-10) to 2.5 (WikiText-103) and 3 (ImageNet).
@@ -190,6 +200,15 @@ class JacobianPenalty(nn.Module):
         probes: M, random vectors an estimate.
         distribution: "gaussian" or "rademacher".
         seed: of the draws τ.
+        growth: added to γ after every `growth_interval` calls.
+        growth_interval: calls, at least 1.
+        stop_after: the penalty is zero from that many calls on; None: never.
+        pretraining_weight: γ while `pretraining` is True, as in unrolled pretraining; None: the same γ.
+
+    Attributes:
+        pretraining: for the trainer to set; False at first.
+        calls, fired: how often it was asked, and how often it was computed: each of these cost `probes`
+            vector-Jacobian products and their gradient.
 
     Raises:
         TypeError, ValueError: an argument outside its range.
@@ -202,6 +221,11 @@ class JacobianPenalty(nn.Module):
         probes: int = 1,
         distribution: str = "gaussian",
         seed: int = 0,
+        *,
+        growth: float = 0.0,
+        growth_interval: int = 1,
+        stop_after: int | None = None,
+        pretraining_weight: float | None = None,
     ):
         super().__init__()
         check_number("weight", weight, 0)
@@ -209,31 +233,56 @@ class JacobianPenalty(nn.Module):
         check_count("probes", probes)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_count("seed", seed, least=0)
+        check_number("growth", growth, 0)
+        check_count("growth_interval", growth_interval)
+        if stop_after is not None:
+            check_count("stop_after", stop_after, least=0)
+        if pretraining_weight is not None:
+            check_number("pretraining_weight", pretraining_weight, 0)
         self.weight = weight
         self.probability = probability
         self.probes = probes
         self.distribution = distribution
+        self.growth = growth
+        self.growth_interval = growth_interval
+        self.stop_after = stop_after
+        self.pretraining_weight = pretraining_weight
+        self.pretraining = False
+        self.calls = 0
+        self.fired = 0
         self._draws = torch.Generator().manual_seed(seed)
+
+    @property
+    def present_weight(self) -> float:
+        """γ of the next call."""
+        if self.stop_after is not None and self.calls >= self.stop_after:
+            return 0.0
+        if self.pretraining and self.pretraining_weight is not None:
+            return self.pretraining_weight
+        return self.weight + self.growth * (self.calls // self.growth_interval)
 
     def forward(self, f: Function, z: Tensor, backend: str = "auto") -> Tensor:
         """A scalar to add to the loss; zero where τ is 0. Gradients reach what f closes over, and z."""
-        fires = torch.rand((), generator=self._draws).item() < self.probability
-        if not fires or self.weight == 0:
+        weight = self.present_weight
+        fires = torch.rand((), generator=self._draws).item() < self.probability and weight > 0
+        self.calls += 1
+        self.fired += fires
+        if not fires:
             return z.new_zeros((), dtype=accumulate_dtype(z.dtype))
-        estimate = jacobian_norm(f, z, self.probes, self.distribution, backend=backend)
-        return self.weight * estimate
+        return weight * jacobian_norm(f, z, self.probes, self.distribution, backend=backend)
 
     def extra_repr(self) -> str:
         return (
             f"weight={self.weight}, probability={self.probability}, probes={self.probes}, "
-            f"distribution={self.distribution!r}"
+            f"distribution={self.distribution!r}, fired={self.fired} of {self.calls}"
         )
 
-    def get_extra_state(self) -> Tensor:
-        return self._draws.get_state()
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"draws": self._draws.get_state(), "calls": self.calls, "fired": self.fired}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self._draws.set_state(state.cpu())
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._draws.set_state(state["draws"].cpu())
+        self.calls, self.fired = state["calls"], state["fired"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draws": self._draws.get_state()}  # a Generator cannot be pickled

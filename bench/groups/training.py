@@ -16,13 +16,23 @@ GROUP = "training"
 STEPS = 10
 SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "tiny": [("dense", (2, 64))],
-    "quick": [("dense", (128, 512))],
-    "full": [("dense", (128, 512)), ("dense", (32, 2048)), ("convolution", (4, 32, 32, 32))],
+    "quick": [("dense", (128, 512)), ("mlp cell", (128, 512))],
+    "full": [
+        ("dense", (128, 512)),
+        ("mlp cell", (128, 512)),
+        ("dense", (32, 2048)),
+        ("convolution", (4, 32, 32, 32)),
+    ],
 }
 GPU_SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "tiny": SIZES["tiny"],
     "quick": [("dense", (128, 1024)), ("convolution", (32, 64, 32, 32))],
-    "full": [("dense", (128, 1024)), ("dense", (1024, 2048)), ("convolution", (32, 128, 56, 56))],
+    "full": [
+        ("dense", (128, 1024)),
+        ("mlp cell", (128, 1024)),
+        ("dense", (1024, 2048)),
+        ("convolution", (32, 128, 56, 56)),
+    ],
 }
 
 Layer = Callable[[Function, Tensor], Tensor]

@@ -20,7 +20,7 @@ def test_problems_contract(kind):
 
 
 def test_an_unknown_kind_lists_the_kinds():
-    with pytest.raises(ValueError, match="'pointwise', 'dense' or 'convolution'"):
+    with pytest.raises(ValueError, match="'pointwise', 'dense', 'mlp cell' or 'convolution'"):
         make("sparse", (2, 2), CPU)
 
 

@@ -10,6 +10,7 @@ import torch
 import triton_deq as td
 from tests import standin
 from tests.problems import tanh_map
+from triton_deq.cells.activations import ACTIVATIONS
 
 kernels = pytest.mark.kernels
 SOLVERS = [td.Anderson(3), td.Broyden(2), td.Picard()]
@@ -77,7 +78,7 @@ def test_a_deq_uses_its_graphs_again_and_none_is_stale(device):
     assert len(standin.captures) == captured
     cell.state.weight = torch.nn.Parameter(0.3 * cell.state.weight.detach())  # elsewhere
     agree(xs[1])
-    cell.activation = "relu"
+    cell.activation = ACTIVATIONS["relu"]
     agree(xs[1])
     agree(xs[2][:1])  # another batch
 

@@ -1,6 +1,6 @@
 """Graphs that are used again in later solves, and how they are kept from reading what is stale."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ class GraphCache:
     Such an f has `inputs`, any nesting of tensors that change from solve to solve, `given(inputs)`, the same
     function of others, and `module`, whose parameters and buffers are all else it reads. Inputs are copied
     into the tensors that were captured. A graph is used again only if shapes, dtypes and layouts of state
-    and inputs are the same, and so are the addresses of parameters and buffers, every flag and number that
-    is an attribute of a submodule, and the numeric settings. Where f was seen to read anything else, its
+    and inputs are the same, and so are the addresses of parameters and buffers, every flag, number, name or
+    function that is an attribute of a submodule, and the numeric settings. Where f was seen to read anything else, its
     graphs last for one solve.
     """
 
@@ -108,10 +108,15 @@ def _of_leaf(leaf: Any) -> Any:
     return _of_tensor(leaf) if isinstance(leaf, Tensor) else leaf
 
 
+def _is_setting(value: Any) -> bool:
+    """Numbers, flags, names, functions, frozen records: what compares by value, or is never changed."""
+    return isinstance(value, Hashable) and not isinstance(value, Tensor | nn.Module)
+
+
 def _of_module(module: nn.Module) -> Iterator[Any]:
     """All that a captured evaluation depends on: where tensors lie, flags and numbers, autocast."""
     for tensor in (*module.parameters(), *module.buffers()):
         yield tensor.data_ptr(), _of_tensor(tensor)
     for part in module.modules():
-        yield type(part), *((k, v) for k, v in vars(part).items() if isinstance(v, bool | int | float | str))
+        yield type(part), *((name, value) for name, value in vars(part).items() if _is_setting(value))
     yield torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")

@@ -19,8 +19,8 @@ class GraphCache:
     function of others, and `module`, whose parameters and buffers are all else it reads. Inputs are copied
     into the tensors that were captured. A graph is used again only if shapes, dtypes and layouts of state
     and inputs are the same, and so are the addresses of parameters and buffers, every flag, number, name or
-    function that is an attribute of a submodule, and the numeric settings. Where f was seen to read anything else, its
-    graphs last for one solve.
+    function that is an attribute of a submodule, and the numeric settings. Where f was seen to read anything
+    else, its graphs last for one solve.
     """
 
     def __init__(self, most: int = 8):

@@ -88,7 +88,7 @@ class Record:
         those that go on to another iterate.
         """
         status, _, held, best, limit, tolerance, steps = self.data.numpy()
-        running = status == RUNNING
+        running = status == float(RUNNING)  # comparing with an enum would cost more than the comparison
         counted = running & np.isfinite(residual_sq) & np.isfinite(value_sq)
         if over_batch:  # one norm for all; a sample that is not finite must not spoil it
             residual_sq = np.broadcast_to(residual_sq[counted].sum(), counted.shape)
@@ -96,16 +96,18 @@ class Record:
 
         with np.errstate(all="ignore"):
             norm, scale = np.sqrt(residual_sq), np.sqrt(value_sq)
-            residual = np.where(norm == 0, 0, norm / scale) if relative else norm
-            np.copyto(limit, DIVERGENCE * (norm + scale), where=limit == 0)
+            residual = norm / np.where(norm == 0, 1, scale) if relative else norm
+            if (limit == 0).any():  # the first step
+                np.copyto(limit, DIVERGENCE * (norm + scale), where=limit == 0)
             improved = counted & (residual < best)
-            converged = counted & (residual <= tolerance)
-            diverged = counted & ~converged & (norm > limit)
+            moving = counted & (residual > tolerance) & (norm <= limit)
 
         np.copyto(held, residual, where=counted)
         np.copyto(best, residual, where=improved)
         steps += running
-        status[converged] = Status.CONVERGED
-        status[diverged] = Status.DIVERGED
-        status[running & ~counted] = Status.NONFINITE
-        return improved, counted & ~converged & ~diverged
+        if np.count_nonzero(moving) < len(moving):
+            converged = counted & (residual <= tolerance)
+            status[converged] = Status.CONVERGED
+            status[counted & ~converged & ~moving] = Status.DIVERGED
+            status[running & ~counted] = Status.NONFINITE
+        return improved, moving

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 import triton_deq as td
+from triton_deq.solvers import Solver
 
 from ..cases import Case, Setting, Solved, Variant, ours
 from ..peers import ANDERSON, BROYDEN, Peer, Solve
@@ -23,7 +24,7 @@ SHAPES = {
     "quick": [(32, 1024), (32, 16384)],
     "full": [(32, 1024), (32, 16384), (8, 262144)],
 }
-SOLVERS: dict[str, tuple[td.Anderson | td.Broyden, tuple[Peer, ...]]] = {
+SOLVERS: dict[str, tuple[Solver, tuple[Peer, ...]]] = {
     "anderson": (td.Anderson(history=HISTORY), ANDERSON),
     "broyden": (td.Broyden(), BROYDEN),
 }
@@ -78,7 +79,7 @@ def _bare(problem: Problem, steps: int) -> Solved:
     return Solved(z, steps)
 
 
-def _ours(problem: Problem, solver: td.Anderson | td.Broyden, steps: int, backend: str) -> Call:
+def _ours(problem: Problem, solver: Solver, steps: int, backend: str) -> Call:
     def call() -> Solved:
         solution = td.solve(problem.f, problem.z0, solver, tol=0, max_steps=steps, backend=backend)
         return Solved(solution.value, solution.nfe)
@@ -110,7 +111,7 @@ def _graphs(setting: Setting, problem: Problem, op: str, steps: int) -> list[Var
 
 
 @torch.no_grad()
-def _steps_of_ops(problem: Problem, solver: td.Anderson | td.Broyden, steps: int) -> Solved:
+def _steps_of_ops(problem: Problem, solver: Solver, steps: int) -> Solved:
     """The steps of a solve without the loop's look at the flag, which a graph cannot hold."""
     from triton_deq.solvers.stopping import Stopping
 

@@ -1,6 +1,6 @@
 """One rank of tests/test_distributed.py: a training step of a DEQ on half of the batch. Run by torchrun.
 
-Prints one line of JSON: what the rank saw, and how far its gradients are from those of the whole batch.
+Writes RANK.json: what the rank saw, and how far its gradients are from those of the whole batch.
 """
 
 import copy

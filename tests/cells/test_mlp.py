@@ -113,6 +113,29 @@ def test_a_training_step_of_a_deq_needs_no_engine_in_its_backward_solve(monkeypa
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("hidden", [None, 16])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+def test_in_bfloat16_as_by_autograd(autocast, hidden, monkeypatch):
+    """Under autocast the backward pass, which runs outside of it, meets weights of another dtype."""
+    grads = []
+    for closed in (True, False):
+        torch.manual_seed(0)
+        cell = td.MLPCell(12, 3, "silu", hidden=hidden, layer_norm=not autocast)
+        cell = cell if autocast else cell.bfloat16()
+        if not closed:
+            monkeypatch.setattr(td.MLPCell, "vjp", None)
+        gradient = td.ImplicitGradient(tol=1e-2, max_steps=12)
+        penalty = td.JacobianPenalty(0.5, probes=2)
+        deq = td.DEQ(cell, tol=1e-2, gradient=gradient, penalty=penalty, backend="reference")
+        x = torch.randn(4, 3, dtype=cell.state.weight.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = deq(x)
+            loss = out.value.float().square().mean() + out.penalty
+        loss.backward()
+        grads.append(torch.cat([p.grad.float().flatten() for p in cell.parameters() if p.grad is not None]))
+    assert (grads[0] - grads[1]).norm() < 5e-2 * grads[1].norm()
+
+
 def test_penalty_under_torch_compile_in_one_graph():
     cell, z, u = cell_and_states()
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..checks import check_count
+from ..reference.record import accumulate_dtype
 from .activations import Activation, find_activation
 
 Pullback = Callable[[Tensor], Tensor]
@@ -86,7 +87,10 @@ class MLPCell(nn.Module):
         plain = type(self).forward is MLPCell.forward and all(
             type(layer).forward is nn.Linear.forward for layer in layers
         )
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
+        hooked = any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            for part in self.modules()
+        )
         return self._vjp if plain and not hooked else None
 
     def _vjp(self, z: Tensor, u: Tensor) -> tuple[Tensor, Pullback]:
@@ -100,8 +104,8 @@ class MLPCell(nn.Module):
             if through_norm is not None:
                 vector = through_norm(vector)
             if self.output is not None:
-                vector = vector @ self.output.weight
-            return (vector * slope) @ self.state.weight
+                vector = _times(vector, self.output.weight)
+            return _times(vector * slope, self.state.weight).to(z.dtype)
 
         return normalised, pullback
 
@@ -117,14 +121,24 @@ def _check_width(name: str, value: Tensor, field: str, wanted: int) -> None:
         )
 
 
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Their product in the dtype of the rows: a forward under autocast has a backward that is not."""
+    return rows @ matrix.to(rows.dtype)
+
+
 def layer_norm_vjp(norm: nn.LayerNorm, h: Tensor) -> tuple[Tensor, Pullback]:
-    """`n = (h − mean) / σ`, `y = γ n + β`, and `ε ↦ (g − mean(g) − n mean(g n)) / σ` with `g = γ ε`."""
-    centred = h - h.mean(-1, keepdim=True)
+    """`n = (h − mean) / σ`, `y = γ n + β`, and `ε ↦ (g − mean(g) − n mean(g n)) / σ` with `g = γ ε`.
+
+    The product's statistics are in the accumulation dtype, as PyTorch's own are.
+    """
+    wide = h.to(accumulate_dtype(h.dtype))
+    centred = wide - wide.mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     n = centred * inverse
 
     def pullback(vector: Tensor) -> Tensor:
-        g = vector * norm.weight
-        return inverse * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+        g = vector.to(wide.dtype) * norm.weight.to(wide.dtype)
+        product = inverse * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+        return product.to(h.dtype)
 
-    return n * norm.weight + norm.bias, pullback
+    return norm(h), pullback

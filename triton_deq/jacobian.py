@@ -61,7 +61,8 @@ def jacobian_norm(
     if closed is None:
         norms = [squared_norm(pullback(vector), name).sum() for vector in vectors]
         return torch.stack(norms).sum() / (probes * z.numel())
-    products = pullback(torch.stack(list(vectors)))  # of all probes at once
+    # All probes at once; one alone need not be copied.
+    products = pullback(torch.stack(list(vectors)) if probes > 1 else next(vectors)[None])
     return squared_norm(products.flatten(0, 1), name).sum() / (probes * z.numel())
 
 

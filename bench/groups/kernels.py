@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -146,15 +147,18 @@ def _advance_torch(randn, batch: int, entries: int) -> Call:
 
 
 def _step(randn, batch: int, entries: int, backend: str) -> Call:
+    """Step after step with another value of f: of one value alone the residual would shrink to nothing."""
     from triton_deq.ops.anderson import anderson_step
 
     state, step = _full_state(randn, batch, entries, backend)
-    fx = randn(batch, entries)
+    values = [randn(batch, entries) for _ in range(HISTORY)]
+    steps = count(step)
 
     def call() -> None:
         if backend == "reference":  # every call improves on the best, which costs it least
             state.record.best.fill_(torch.inf)
-        anderson_step(state, fx, step, mixing=1.0, **RULE, backend=backend)
+        now = next(steps)
+        anderson_step(state, values[now % HISTORY], now, mixing=1.0, **RULE, backend=backend)
 
     return call
 

@@ -12,17 +12,15 @@ import triton.language as tl
 from .primitives import (
     BEST,
     COUNT,
-    LEAST_SQUARE,
     RUNNING,
     STATUS,
-    WEIGHT_LIMIT,
     batch_sums,
     is_finite,
     judge_sample,
+    mixing_weights,
     pick,
     sample_sums,
     snapshot,
-    solve_spd,
     write_down,
 )
 
@@ -132,31 +130,6 @@ def anderson_residual_kernel(
                 WIDE,
             )
         tl.store(dots_ptr + (sample * parts + part) * LANES + lanes, dots)
-
-
-@triton.jit
-def mixing_weights(
-    gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
-):
-    """α in float64 from a Gram matrix [LANES, LANES], and whether the solve was of use."""
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=1)
-    age = (slot - lanes + HISTORY) % HISTORY
-    valid = (lanes < HISTORY) & (age < count)
-    scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
-
-    matrix = tl.where(valid[:, None] & valid[None, :], gram, 0) * scale[:, None] * scale[None, :]
-    if RELATIVE_RIDGE:
-        damping = tl.where(valid, RIDGE, 1.0)
-    else:
-        damping = tl.where(valid, RIDGE * scale * scale, 1.0)
-    matrix += tl.where(lanes[:, None] == lanes[None, :], damping[:, None], 0.0)
-
-    solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
-    weights = scale * solution
-    weights = weights / tl.sum(weights, axis=0)
-    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=0) <= WEIGHT_LIMIT)  # false for NaN too
-    plain = tl.where(lanes == slot, 1.0, 0.0).to(tl.float64)
-    return tl.where(mixed, weights, plain), mixed
 
 
 @triton.jit

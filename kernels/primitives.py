@@ -31,8 +31,17 @@ def is_finite(value):
 
 @triton.jit
 def pick(vector, lanes, lane):
-    """The entry of a small vector at a run-time index."""
-    return tl.sum(tl.where(lanes == lane, vector, 0), axis=0)
+    """The entry of a small vector at a run-time index; of each of many, `[..., P] -> [...]`."""
+    return tl.sum(tl.where(lanes == lane, vector, 0), axis=-1)
+
+
+@triton.jit
+def beside(values):
+    """`[...] -> [..., 1]`, so that one value goes with each vector of many; a scalar stays one."""
+    if len(values.shape) > 0:
+        return tl.expand_dims(values, -1)
+    else:
+        return values
 
 
 @triton.jit
@@ -144,21 +153,51 @@ def solve_pivoted(matrix, rhs, lanes, SIZE: tl.constexpr):
 
 @triton.jit
 def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
-    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[P, P]` by Gauss-Jordan elimination.
+    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[..., P, P]` by Gauss-Jordan elimination.
 
-    A positive definite matrix needs no pivoting. Returns the solution, in which entries beyond SIZE are
-    rhs / diagonal, and the least pivot: not above 0, the matrix was not positive definite.
+    A positive definite matrix needs no pivoting. Returns the solution `[..., P]`, in which entries beyond
+    SIZE are rhs / diagonal, and the least pivot `[...]`: not above 0, the matrix was not positive definite.
     """
-    least = tl.full((), float("inf"), matrix.dtype)
+    least = tl.sum(rhs, axis=-1) * 0 + float("inf")
     for k in tl.static_range(SIZE):
-        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=0)
-        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
+        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=-2)
+        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=-1)
         pivot = pick(pivot_row, lanes, k)
         least = tl.minimum(least, pivot)
-        factor = tl.where(lanes == k, 0, column * (1 / pivot))
-        matrix -= factor[:, None] * pivot_row[None, :]
-        rhs -= factor * pick(rhs, lanes, k)
-    return rhs / tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=1), least
+        factor = tl.where(lanes == k, 0, column * beside(1 / pivot))
+        matrix -= tl.expand_dims(factor, -1) * tl.expand_dims(pivot_row, -2)
+        rhs -= factor * beside(pick(rhs, lanes, k))
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=-1)
+    return rhs / diagonal, least
+
+
+@triton.jit
+def mixing_weights(
+    gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
+):
+    """Anderson's α in float64 from a Gram matrix, and whether the solve was of use; of one sample or of many.
+
+    gram: [..., LANES, LANES]    count: [...], how many of the newest slots may take part
+    """
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=-1)
+    age = (slot - lanes + HISTORY) % HISTORY
+    valid = (lanes < HISTORY) & (age < beside(count))
+    scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
+
+    both = tl.expand_dims(valid, -1) & tl.expand_dims(valid, -2)
+    matrix = tl.where(both, gram, 0) * tl.expand_dims(scale, -1) * tl.expand_dims(scale, -2)
+    if RELATIVE_RIDGE:
+        damping = tl.where(valid, RIDGE, 1.0)
+    else:
+        damping = tl.where(valid, RIDGE * scale * scale, 1.0)
+    matrix += tl.where(lanes[:, None] == lanes[None, :], tl.expand_dims(damping, -1), 0.0)
+
+    solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
+    weights = scale * solution
+    weights = weights / beside(tl.sum(weights, axis=-1))
+    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=-1) <= WEIGHT_LIMIT)  # false for NaN too
+    plain = tl.where(lanes == slot, 1.0, 0.0).to(tl.float64)
+    return tl.where(beside(mixed), weights, plain), mixed
 
 
 @triton.jit

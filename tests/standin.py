@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from triton_deq.ops import anderson, broyden
+from triton_deq.cells import mlp as cell
+from triton_deq.ops import anderson, broyden, jacobian, mlp
 from triton_deq.solvers import graph, loop
 
-OPS = (anderson, broyden)
+OPS = (anderson, broyden, jacobian, mlp)
 
 
 class Recorder(TorchDispatchMode):
@@ -92,7 +93,9 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 def install(monkeypatch) -> None:
-    """Let `graph=True` capture with the stand-in."""
+    """Let `graph=True` capture with the stand-in, also what could be solved in one launch."""
     captures.clear()
+    monkeypatch.setattr(cell.MLPCell, "whole_solve", None)
+    monkeypatch.setattr(cell.Adjoint, "whole_solve", None)
     monkeypatch.setattr(graph, "capture", capture)
     monkeypatch.setattr(loop, "usable", lambda device, backend, compact: True)

@@ -53,7 +53,7 @@ THIRD_PARTY = {
 }
 
 # Modules of kernels/, reference/ and ops/ that serve all ops and are none.
-HELPERS = {"__init__", "primitives", "catalog", "record", "rows", "launch"}
+HELPERS = {"__init__", "primitives", "activations", "catalog", "record", "rows", "launch"}
 
 
 def modules() -> dict[str, Path]:

@@ -184,15 +184,28 @@ def test_peak_memory_of_broyden_is_its_pairs(device, backend):
 
 
 def test_a_training_step_costs_what_its_solves_cost(device, backend):
-    """Forward and backward solve each keep their budget: one look by the host and one launch a step."""
-    cell = td.MLPCell(64, 4).to(device)
+    """Forward and backward solve each keep their budget: one look by the host and two launches a step, one of
+    them the cell's or its product's, which leaves its value in the solver's history; f once more between."""
+    cell = td.MLPCell(260, 4).to(device)
     gradient = td.ImplicitGradient(tol=0, max_steps=6)
     deq = td.DEQ(cell, tol=0, max_steps=8, gradient=gradient, backend=backend)
     x = torch.randn(BATCH, 4, device=device)
-    with Counter(torch.empty(BATCH, 64, device=device)) as counter:
+    with Counter(torch.empty(BATCH, 260, device=device)) as counter:
         deq(x).value.sum().backward()
     assert len(counter.now.reads) <= 8 + 6
-    assert len(counter.now.launches) == (8 + 6 if backend == "triton" else 0)
+    steps = ["mlp_kernel", "anderson_step_kernel"] * 8 + ["mlp_kernel"]
+    steps += ["mlp_vjp_kernel", "anderson_step_kernel"] * 6
+    assert counter.now.launches == (steps if backend == "triton" else [])
+
+
+@pytest.mark.kernels
+def test_a_training_step_of_a_small_cell_is_three_launches(device):
+    cell = td.MLPCell(64, 4).to(device)
+    deq = td.DEQ(cell, tol=0, max_steps=8, gradient=td.ImplicitGradient(tol=0, max_steps=6), backend="triton")
+    with Counter(torch.empty(BATCH, 64, device=device)) as counter:
+        deq(torch.randn(BATCH, 4, device=device)).value.sum().backward()
+    assert counter.now.launches == ["mlp_solve_kernel", "mlp_kernel", "mlp_solve_kernel"]
+    assert len(counter.now.reads) == 2  # how many evaluations each solve has taken
 
 
 class TestTheCounterItself:

@@ -6,10 +6,26 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "reference")
+
+_ambient: ContextVar[str] = ContextVar("ambient", default="auto")
+
+
+@contextmanager
+def ambient(requested: str) -> Iterator[None]:
+    """While entered, "auto" means `requested`: so a cell inside a solve runs as the solve was asked to."""
+    token = _ambient.set(_ambient.get() if requested == "auto" else requested)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
 
 
 def interpreting() -> bool:
@@ -29,6 +45,8 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}")
+    if requested == "auto" and not torch.compiler.is_compiling():  # which cannot trace a context variable
+        requested = _ambient.get()
     if requested == "reference":
         return "reference", "asked for by name"
 
@@ -47,11 +65,9 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
 
 def _obstacle(tensor: Tensor) -> str:
     """What keeps the kernels from running on this tensor; empty if nothing does."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
     kind = tensor.device.type
-    if kind == "cuda":  # ROCm devices carry this name too
-        return ""
-    if kind == "cpu":
-        return "" if interpreting() else "the tensor is on the CPU and TRITON_INTERPRET is not set"
-    return f"there are no kernels for a tensor on {kind!r}"
+    if kind == "cpu" and not interpreting():  # the usual case on a CPU, before the search for a package
+        return "the tensor is on the CPU and TRITON_INTERPRET is not set"
+    if kind not in ("cpu", "cuda"):  # ROCm devices carry the name "cuda" too
+        return f"there are no kernels for a tensor on {kind!r}"
+    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"

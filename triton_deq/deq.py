@@ -1,11 +1,13 @@
 """A deep equilibrium model: a cell, a solver, a gradient and a penalty."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import backend as backends
 from .backend import BACKENDS
 from .checks import check_choice
 from .gradients import Gradient, ImplicitGradient, check_gradient, fixed_point
@@ -45,9 +47,29 @@ class _Injected:
     def vjp(self) -> Any:
         """`z ↦ (value, ε ↦ εᵀJ)` where the cell knows it, else None."""
         product = getattr(self.cell, "vjp", None)
-        # What is hooked onto the cell runs when it is called, and only then.
-        hooked = self.cell._forward_hooks or self.cell._forward_pre_hooks
-        return None if product is None or hooked else lambda z: product(z, self.u)
+        return None if product is None or self._hooked else lambda z: product(z, self.u)
+
+    @property
+    def write(self) -> Any:
+        """`(z, out)`, which leaves the value in out, where the cell can do that."""
+        write = None if self._hooked else getattr(self.cell, "write", None)
+        if write is None:
+            raise AttributeError("the cell has no write(z, u, out), or a hook that it would pass by")
+        return lambda z, out: write(z, self.u, out)
+
+    @property
+    def whole_solve(self) -> Any:
+        """The cell's offer of a whole solve, if it makes one."""
+        offer = None if self._hooked else getattr(self.cell, "whole_solve", None)
+        return None if offer is None else partial(self._offered, offer)
+
+    def _offered(self, offer: Any, z0: Tensor, solver: Any, stopping: Any, trace: bool) -> Any:
+        return offer(z0, self.u, solver, stopping, trace)
+
+    @property
+    def _hooked(self) -> bool:
+        """What is hooked onto the cell runs when it is called, and only then."""
+        return bool(self.cell._forward_hooks or self.cell._forward_pre_hooks)
 
     @property
     def module(self) -> nn.Module:
@@ -152,7 +174,8 @@ class DEQ(nn.Module):
             return_solution=True,
         )
         if self.penalty is not None and self.training and torch.is_grad_enabled():
-            penalty = self.penalty(f, solution.value, self.backend)
+            with backends.ambient(self.backend):
+                penalty = self.penalty(f, solution.value, self.backend)
         else:
             penalty = value.new_zeros(())
         return DEQOutput(value, solution, penalty)

@@ -131,8 +131,10 @@ class _Adjoint:
         gradient = self.gradient
         if gradient.shine == "alone" and self.estimate is not None:
             return self.estimate(grad)
+        # A closed form may know the whole map: then it writes into the solver's ring, or solves by itself.
+        whole = getattr(product, "plus", None)
         solution = solve(
-            lambda u: product(u) + grad,
+            (lambda u: product(u) + grad) if whole is None else whole(grad),
             self._start(grad),
             gradient.solver,
             tol=gradient.tol,
@@ -288,11 +290,12 @@ def fixed_point(
         "debug": debug,
         "graph": graph,
     }
-    if torch.is_grad_enabled():
-        value, solution = gradient.fixed_point(f, z0, solver, backend, **options)
-    else:
-        solution = solve(f, z0, solver, backend=backend, **options)
-        value = solution.value
+    with backends.ambient(backend):
+        if torch.is_grad_enabled():
+            value, solution = gradient.fixed_point(f, z0, solver, backend, **options)
+        else:
+            solution = solve(f, z0, solver, backend=backend, **options)
+            value = solution.value
     return (value, solution) if return_solution else value
 
 

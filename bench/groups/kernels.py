@@ -17,6 +17,17 @@ from .step import GPU_SHAPES, HISTORY, SHAPES
 
 GROUP = "kernels"
 MEMORY = 10
+LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
+    "tiny": {"wide": [(2, 16)], "narrow": [(2, 16)]},
+    "quick": {"wide": [(128, 512)], "narrow": [(128, 128)]},
+    "full": {"wide": [(128, 1024)], "narrow": [(128, 128)]},
+}
+GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
+    "tiny": LAYERS["tiny"],
+    "quick": {"wide": [(4096, 2048)], "narrow": [(1024, 128)]},
+    "full": {"wide": [(1024, 1024), (4096, 2048)], "narrow": [(1024, 64), (1024, 128), (1024, 256)]},
+}
+"""(batch, width) of a layer, and of a cell whose whole solve is one launch."""
 RULE: dict[str, Any] = {
     "relative": True,
     "over_batch": False,
@@ -47,6 +58,19 @@ def cases(setting: Setting) -> Iterator[Case]:
                 work = of_kernels([op + kernel], *shape)
                 yield Case(GROUP, op, "forward", dtype, shape, tuple(variants), work=work)
 
+    layers: tuple[tuple[str, str, Callable[..., Call], Callable[..., Call]], ...] = (
+        ("mlp", "wide", _mlp, _mlp_torch),
+        ("mlp_vjp", "wide", _mlp_vjp, _mlp_vjp_torch),
+        ("mlp_solve", "narrow", _mlp_solve, _mlp_solve_torch),
+    )
+    for kernel, width, make, peer in layers:
+        for shape in (GPU_LAYERS if setting.gpu else LAYERS)[setting.scale][width]:
+            for dtype in dtypes:
+                variants = _variants(
+                    setting, shape, dtype, make, {"torch": peer}, single=kernel != "mlp_solve"
+                )
+                yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
+
 
 def _variants(
     setting: Setting,
@@ -54,7 +78,10 @@ def _variants(
     dtype: torch.dtype,
     call: Callable[..., Call],
     peers: dict[str, Callable[..., Call]],
+    single: bool = True,
 ) -> Iterator[Variant]:
+    """single: one op, not a whole solve, whose loop a compiler would unroll and which reads the device."""
+
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=setting.device).to(dtype)
 
@@ -62,10 +89,10 @@ def _variants(
         yield Variant(name, partial(call, randn, *shape, backend), backend)
     for name, peer in peers.items():
         yield Variant(name, partial(peer, randn, *shape))
-        if setting.compiled != "no":
+        if setting.compiled != "no" and single:
             prepare = partial(_compiled, peer, randn, *shape)
             yield Variant(f"{name} compiled", prepare, "inductor", compiles=True)
-    if setting.gpu:
+    if setting.gpu and single:
         prepare = partial(_graphed, setting, call, randn, *shape)
         yield Variant("triton-deq graph", prepare, "cuda graph")
 
@@ -264,3 +291,62 @@ def _squared_norm(randn, batch: int, entries: int, backend: str) -> Call:
 def _squared_norm_torch(randn, batch: int, entries: int) -> Call:
     value = randn(batch, entries)
     return lambda: value.float().square().sum(1)
+
+
+def _mlp(randn, batch: int, width: int, backend: str) -> Call:
+    from triton_deq.ops.mlp import mlp
+    from triton_deq.reference.activations import ACTIVATIONS
+
+    z, weight, u = randn(batch, width), randn(width, width), randn(batch, width)
+    return lambda: mlp(z, weight, u, ACTIVATIONS["tanh"], backend=backend)
+
+
+def _mlp_torch(randn, batch: int, width: int) -> Call:
+    z, weight, u = randn(batch, width), randn(width, width), randn(batch, width)
+    return lambda: torch.tanh(torch.nn.functional.linear(z, weight) + u)
+
+
+def _mlp_vjp(randn, batch: int, width: int, backend: str) -> Call:
+    from triton_deq.ops.mlp import mlp_vjp
+
+    vector, slope, shift = randn(batch, width), randn(batch, width), randn(batch, width)
+    weight = randn(width, width)
+    return lambda: mlp_vjp(vector, slope, weight, shift, backend)
+
+
+def _mlp_vjp_torch(randn, batch: int, width: int) -> Call:
+    vector, slope, shift = randn(batch, width), randn(batch, width), randn(batch, width)
+    weight = randn(width, width)
+    return lambda: torch.addmm(shift, vector * slope, weight)
+
+
+def _mlp_solve(randn, batch: int, width: int, backend: str) -> Call:
+    """30 steps of Anderson(6), as many as there are: tol=0."""
+    import triton_deq as td
+
+    x = randn(batch, 1)
+    deq = td.DEQ(_contraction(randn, width), td.Anderson(6), tol=0, max_steps=30, backend=backend).eval()
+    return torch.no_grad()(lambda: deq(x).value)
+
+
+def _mlp_solve_torch(randn, batch: int, width: int) -> Call:
+    """The textbook's loop."""
+    from ..peers.textbook import graphable_anderson
+
+    cell = _contraction(randn, width)
+    u = randn(batch, width)
+    return torch.no_grad()(
+        lambda: graphable_anderson(
+            lambda z: torch.tanh(z @ cell.state.weight.mT + u), torch.zeros_like(u), 30
+        )
+    )
+
+
+def _contraction(randn, width: int) -> Any:
+    import triton_deq as td
+
+    like = randn(1, 1)
+    cell = td.MLPCell(width, 1).to(like.device, like.dtype)
+    with torch.no_grad():
+        cell.state.weight.copy_(randn(width, width) / (2 * width**0.5))
+    return cell

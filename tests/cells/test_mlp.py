@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import triton_deq as td
-from triton_deq.cells.activations import ACTIVATIONS
+from triton_deq.reference.activations import ACTIVATIONS
 
 SHAPES = pytest.mark.parametrize(
     ("layer_norm", "hidden"), [(False, None), (True, None), (False, 7), (True, 7)], ids=str

@@ -10,7 +10,7 @@ import torch
 import triton_deq as td
 from tests import standin
 from tests.problems import tanh_map
-from triton_deq.cells.activations import ACTIVATIONS
+from triton_deq.reference.activations import ACTIVATIONS
 
 kernels = pytest.mark.kernels
 SOLVERS = [td.Anderson(3), td.Broyden(2), td.Picard()]

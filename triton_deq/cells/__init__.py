@@ -1,6 +1,6 @@
 """Cells: one layer f(z, u) of a DEQ each, with `inject(x) -> u` for what does not depend on z."""
 
-from .activations import Activation
+from ..reference.activations import Activation
 from .mlp import MLPCell
 
 __all__ = ["Activation", "MLPCell"]

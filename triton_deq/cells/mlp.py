@@ -1,14 +1,28 @@
 """The multilayer-perceptron cell."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..checks import check_count
-from ..reference.record import accumulate_dtype
-from .activations import Activation, find_activation
-
-Pullback = Callable[[Tensor], Tensor]
+from ..ops.mlp import (
+    MOST_NORM,
+    Layer,
+    Linearised,
+    Norm,
+    Rule,
+    mlp,
+    mlp_and_slope,
+    mlp_fwd,
+    mlp_solve,
+    mlp_solve_fits,
+    mlp_vjp,
+    served,
+)
+from ..reference.activations import ACTIVATIONS, Activation, find_activation
+from ..reference.record import Record, accumulate_dtype
 
 
 class MLPCell(nn.Module):
@@ -24,8 +38,11 @@ class MLPCell(nn.Module):
         layer_norm: whether a LayerNorm follows.
         hidden: H, the inner width of the two-matrix block; None for one matrix.
 
-    The cell knows its vector-Jacobian product in closed form (`vjp`): a backward solve then runs without the
-    autograd engine, and the Jacobian penalty without double backward.
+    On a GPU a layer is one kernel: product, injection, activation, and without gradients the LayerNorm. The
+    cell knows its vector-Jacobian product in closed form (`vjp`), which is a kernel too: a backward solve
+    then runs without the autograd engine, and the Jacobian penalty without double backward. Where a state
+    fits one program (width up to 256), the kernels do a whole solve by Anderson or Picard in one launch, and
+    that of the backward pass likewise (`whole_solve`).
 
     Shapes: z `[B, D]`, x `[B, input_width]`, u `[B, D]` (or `[B, H]`).
 
@@ -70,44 +87,79 @@ class MLPCell(nn.Module):
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
         """The next state from z and `u = inject(x)`."""
         _check_width("z", z, "width", self.width)
-        z = self.activation(self.state(z) + u)
         if self.output is not None:
-            z = self.output(z)
-        return z if self.norm is None else self.norm(z)
+            value = self.output(mlp(z, self.state.weight, u, self.activation))
+            return value if self.norm is None else self.norm(value)
+        return mlp(z, self.state.weight, u, self.activation, self._norm)
+
+    def write(self, z: Tensor, u: Tensor, out: Tensor) -> None:
+        """The next state into `out`, contiguous; without gradients."""
+        weight = self.state.weight
+        if self.output is None and out.is_contiguous() and served(z, self.activation, "auto", weight, u):
+            norm = self._norm
+            if norm is None or len(weight) <= MOST_NORM:
+                mlp_fwd(z, weight, u, self.activation, norm, out=out)
+                return
+        out.copy_(self.forward(z, u))
 
     @property
-    def vjp(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Pullback]] | None:
+    def _norm(self) -> Norm | None:
+        return None if self.norm is None else Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+
+    @property
+    def _as_built(self) -> bool:
+        """Whether this is still the cell of the formula: no own forward, no foreign layer, no hook."""
+        layers = [layer for layer in (self.state, self.output) if layer is not None]
+        return (
+            type(self).forward is MLPCell.forward
+            and all(type(layer).forward is nn.Linear.forward for layer in layers)
+            and (self.norm is None or type(self.norm) is nn.LayerNorm)
+            and not any(
+                part._forward_hooks
+                or part._forward_pre_hooks
+                or part._backward_hooks
+                or part._backward_pre_hooks
+                for part in self.modules()
+            )
+        )
+
+    @property
+    def vjp(self) -> Callable[[Tensor, Tensor], tuple[Tensor, "Pullback"]] | None:
         """`(z, u) ↦ (value, ε ↦ εᵀJ)`, or None where the closed form would not be this cell's.
 
         ε: `[..., B, D]`, of any number of probes. With `s = act′(W z + u)`: `εᵀJ = (s ⊙ Vᵀε) W`, and before
-        that the LayerNorm's own product. Both results are differentiable in z, u and the parameters by
-        ordinary operators. None if a subclass has its own forward, or a layer or hook is not as built.
+        that the LayerNorm's own product. Both results are differentiable in z, u and the parameters.
+        None if a subclass has its own forward, or a layer or hook is not as built.
         """
-        layers = [layer for layer in (self.state, self.output) if layer is not None]
-        plain = type(self).forward is MLPCell.forward and all(
-            type(layer).forward is nn.Linear.forward for layer in layers
-        )
-        hooked = any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            for part in self.modules()
-        )
-        return self._vjp if plain and not hooked else None
+        return self._vjp if self._as_built else None
 
-    def _vjp(self, z: Tensor, u: Tensor) -> tuple[Tensor, Pullback]:
-        inner = self.state(z) + u
-        value, slope = self.activation(inner), self.activation.derivative(inner)
+    def _vjp(self, z: Tensor, u: Tensor) -> tuple[Tensor, "Pullback"]:
+        value, slope = mlp_and_slope(z, self.state.weight, u, self.activation)
         if self.output is not None:
             value = self.output(value)
-        normalised, through_norm = (value, None) if self.norm is None else layer_norm_vjp(self.norm, value)
+        output = None if self.output is None else self.output.weight
+        if self.norm is None:
+            return value, Pullback(self.state.weight, output, slope, z.dtype)
+        standard = Standardised.of(value, self.norm.weight, self.norm.eps)
+        return self.norm(value), Pullback(self.state.weight, output, slope, z.dtype, standard)
 
-        def pullback(vector: Tensor) -> Tensor:
-            if through_norm is not None:
-                vector = through_norm(vector)
-            if self.output is not None:
-                vector = _times(vector, self.output.weight)
-            return _times(vector * slope, self.state.weight).to(z.dtype)
+    def whole_solve(
+        self, z0: Tensor, u: Tensor, solver: Any, stopping: Any, trace: bool
+    ) -> tuple[Tensor, Record, Tensor | None] | None:
+        """A whole solve in one launch, or None where it is not on offer; see `mlp_solve`.
 
-        return normalised, pullback
+        solver: Anderson or Picard, as a record of numbers.
+        """
+        rule = _rule(solver, stopping)
+        parameters = [self.state.weight, *([] if self.output is None else [self.output.weight])]
+        parameters += [] if self.norm is None else [self.norm.weight, self.norm.bias]
+        if rule is None or not self._as_built or not served(z0, self.activation, "auto", u, *parameters):
+            return None
+        output = None if self.output is None else self.output.weight
+        layer = Layer(self.state.weight, u, self.activation, output, self._norm)
+        if u.shape != (*z0.shape[:-1], self.state.weight.shape[0]) or not mlp_solve_fits(z0, layer, rule):
+            return None
+        return mlp_solve(z0, layer, rule, trace)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation.name!r}"
@@ -121,24 +173,101 @@ def _check_width(name: str, value: Tensor, field: str, wanted: int) -> None:
         )
 
 
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Their product in the dtype of the rows: a forward under autocast has a backward that is not."""
-    return rows @ matrix.to(rows.dtype)
+def _rule(solver: Any, stopping: Any) -> Rule | None:
+    """The numbers of an Anderson iteration, if this solver is one."""
+    anderson = getattr(solver, "as_anderson", None)
+    if anderson is None or stopping.norm_over != "sample":
+        return None
+    return Rule(
+        anderson.history,
+        float(anderson.mixing),
+        float(anderson.ridge),
+        anderson.ridge_scale == "relative",
+        stopping.tol,
+        stopping.max_steps,
+        stopping.residual == "relative",
+    )
 
 
-def layer_norm_vjp(norm: nn.LayerNorm, h: Tensor) -> tuple[Tensor, Pullback]:
-    """`n = (h − mean) / σ`, `y = γ n + β`, and `ε ↦ (g − mean(g) − n mean(g n)) / σ` with `g = γ ε`.
+@dataclass(frozen=True)
+class Standardised:
+    """A LayerNorm at a value h: `n = (h − mean) / σ` and 1/σ, in the accumulation dtype, and its gain γ."""
 
-    The product's statistics are in the accumulation dtype, as PyTorch's own are.
-    """
-    wide = h.to(accumulate_dtype(h.dtype))
-    centred = wide - wide.mean(-1, keepdim=True)
-    inverse = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    n = centred * inverse
+    normal: Tensor
+    inverse: Tensor
+    gain: Tensor
 
-    def pullback(vector: Tensor) -> Tensor:
-        g = vector.to(wide.dtype) * norm.weight.to(wide.dtype)
-        product = inverse * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
-        return product.to(h.dtype)
+    @classmethod
+    def of(cls, h: Tensor, gain: Tensor, epsilon: float) -> "Standardised":
+        wide = h.to(accumulate_dtype(h.dtype))
+        centred = wide - wide.mean(-1, keepdim=True)
+        inverse = (centred.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        return cls(centred * inverse, inverse, gain)
 
-    return norm(h), pullback
+    def vjp(self, vector: Tensor) -> Tensor:
+        """`(g − mean(g) − n mean(g n)) / σ` with `g = γ ε`, in ε's dtype."""
+        g = vector.to(self.normal.dtype) * self.gain.to(self.normal.dtype)
+        along = (g * self.normal).mean(-1, keepdim=True)
+        return (self.inverse * (g - g.mean(-1, keepdim=True) - self.normal * along)).to(vector.dtype)
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """`ε ↦ εᵀJ` of an `MLPCell` at a state, `[..., B, D]`; dtype is the state's."""
+
+    weight: Tensor
+    output: Tensor | None
+    slope: Tensor
+    dtype: Any
+    standard: Standardised | None = None
+
+    def __call__(self, vector: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if self.standard is not None:
+            vector = self.standard.vjp(vector)
+        if self.output is not None:
+            vector = vector @ self.output.to(vector.dtype)
+        if (vector.dtype, self.weight.dtype) == (self.dtype, self.dtype):
+            return mlp_vjp(vector, self.slope, self.weight, shift, out=out)
+        product = mlp_vjp(vector, self.slope, self.weight).to(self.dtype)
+        product = product if shift is None else product + shift
+        return product if out is None else out.copy_(product)
+
+    def plus(self, shift: Tensor) -> "Adjoint":
+        """`x ↦ xJ + g`."""
+        return Adjoint(self, shift)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """`x ↦ xJ + g`, the map of a backward solve; it may write into the solver's ring, or solve as a whole."""
+
+    pullback: Pullback
+    shift: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.pullback(x, self.shift)
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        self.pullback(x, self.shift, out)
+
+    def whole_solve(
+        self, x0: Tensor, solver: Any, stopping: Any, trace: bool
+    ) -> tuple[Tensor, Record, Tensor | None] | None:
+        """As `MLPCell.whole_solve`."""
+        back, standard, rule = self.pullback, self.pullback.standard, _rule(solver, stopping)
+        gain = None if standard is None else standard.gain
+        alike = (back.weight, back.output, back.slope, gain, self.shift)
+        if rule is None or not served(x0, ACTIVATIONS["relu"], "auto", *alike):
+            return None
+        cell = Linearised(
+            back.weight,
+            back.output,
+            back.slope,
+            gain,
+            None if standard is None else standard.normal,
+            None if standard is None else standard.inverse,
+            self.shift,
+        )
+        if self.shift.shape != x0.shape or not mlp_solve_fits(x0, cell, rule):
+            return None
+        return mlp_solve(x0, cell, rule, trace)

@@ -44,6 +44,11 @@ class Anderson:
         check_number("ridge", self.ridge, 0)
         check_choice("ridge_scale", self.ridge_scale, ("relative", "absolute"))
 
+    @property
+    def as_anderson(self) -> "Anderson":
+        """Itself; what iterates in the same way has one too."""
+        return self
+
     def start(self, x: Tensor, stopping: Stopping, backend: str) -> AndersonState:
         return anderson_start(x, self.history, stopping.tol, stopping.max_steps, backend)
 

@@ -52,7 +52,9 @@ def solve(
     Args:
         f: from a state to a tensor of the same shape, dtype and device. What it raises passes through. If
             it has a method `write(z, out)` that leaves f(z) in out, that is called where the solver has a
-            place for the value, which saves a copy.
+            place for the value, which saves a copy. If it has `whole_solve(z0, solver, stopping, trace)`, the
+            kernels are first asked for all of the solve (not with compact or debug): it returns the values,
+            a record and the trace, or None to decline.
         z0: `[B, ...]`, real floating, any strides; not modified. B may be 0.
         solver: `Anderson()` if not given, or `Broyden()`, or `Picard()`.
         tol: the residual at which a sample has converged; 0 takes all of max_steps.
@@ -129,8 +131,33 @@ def solve_and_keep(
     if z0.numel() == 0:
         return empty_solution(z0, trace), None
 
+    captured = graph if graph and usable(z0.device, name, compact) else False
+    with backends.ambient(backend):
+        return _solve(f, z0, solver, stopping, name, throw, trace, compact, debug, captured)
+
+
+def _solve(
+    f: Any,
+    z0: Tensor,
+    solver: Any,
+    stopping: Stopping,
+    name: str,
+    throw: bool,
+    trace: bool,
+    compact: float | None,
+    debug: bool,
+    graph: bool | GraphCache,
+) -> tuple[Solution, Any]:
+    """The same with arguments that have been checked."""
+    offer = getattr(f, "whole_solve", None)
+    if name == "triton" and offer is not None and compact is None and not debug:
+        whole_answer = offer(z0.detach(), solver, stopping, trace)
+        if whole_answer is not None:
+            value, record, traced = whole_answer
+            return _from_one_launch(value, record, traced, throw), None
+
     layout = Layout(z0)
-    if graph and usable(z0.device, name, compact):
+    if graph:
         solution, state = _solve_in_graphs(f, layout, z0, solver, stopping, name, trace, debug, graph)
         return _thrown(solution, throw), state
 
@@ -160,6 +187,11 @@ def solve_and_keep(
         return finish(layout.unrows(state.best), state.record, nfe, traced, throw), state
     whole.take_in(state)
     return finish(layout.unrows(whole.best), whole.record, nfe, traced, throw), None
+
+
+def _from_one_launch(value: Tensor, record: Record, traced: Tensor | None, throw: bool) -> Solution:
+    nfe = int(record.steps.max().item())
+    return finish(value, record, nfe, None if traced is None else list(traced[:nfe]), throw, "one launch")
 
 
 def _solve_in_graphs(
@@ -197,7 +229,7 @@ def _solve_in_graphs(
     if isinstance(graph, GraphCache) and entry is not None and not entry.knows_all():
         graph.forget(entry)
     value = layout.unrows(state.best if entry is None else state.best.clone())
-    return finish(value, state.record, nfe, traced if trace else None, throw=False), state
+    return finish(value, state.record, nfe, traced if trace else None, False, "graph"), state
 
 
 def _value(f: Any, layout: "Layout", solver: Any, state: Any, step: int, debug: bool) -> Tensor:
@@ -229,7 +261,14 @@ def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:
     return value
 
 
-def finish(value: Tensor, record: Record, nfe: int, traced: list[Tensor] | None, throw: bool) -> Solution:
+def finish(
+    value: Tensor,
+    record: Record,
+    nfe: int,
+    traced: list[Tensor] | None,
+    throw: bool,
+    path: str = "steps",
+) -> Solution:
     """The solution that a record tells of."""
     at = value.device
     solution = Solution(
@@ -238,6 +277,7 @@ def finish(value: Tensor, record: Record, nfe: int, traced: list[Tensor] | None,
         steps=record.steps.to(at, torch.int32),
         status=record.status.to(at, torch.int8),
         nfe=nfe,
+        path=path,
         trace=None if traced is None else torch.stack(traced).to(at),
     )
     return _thrown(solution, throw)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_state, check_value
 from ..reference.anderson import anderson_weights
 from ..reference.record import Record, accumulate_dtype
-from .anderson import Anderson, Picard
+from .anderson import Anderson
 from .loop import Layout, Solver, empty_solution, evaluate, finish
 from .solution import Solution
 from .stopping import Stopping
@@ -96,10 +96,9 @@ def unrolled_solve(
 
 
 def _as_anderson(solver: Solver) -> Anderson:
-    if isinstance(solver, Picard):
-        return solver.as_anderson
-    if isinstance(solver, Anderson):
-        return solver
+    anderson = getattr(solver, "as_anderson", None)
+    if anderson is not None:
+        return anderson
     raise TypeError(
         f"solver={solver!r} cannot be unrolled: use td.Anderson or td.Picard, or "
         "gradient=td.ImplicitGradient()"

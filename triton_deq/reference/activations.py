@@ -1,4 +1,7 @@
-"""Activations with their derivatives, which a vector-Jacobian product in closed form needs."""
+"""Activations with their derivatives, which a vector-Jacobian product in closed form needs.
+
+The kernels know those of `ACTIVATIONS` by name, with their second derivatives: kernels/activations.py.
+"""
 
 import math
 from collections.abc import Callable

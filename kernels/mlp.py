@@ -1,0 +1,534 @@
+"""The multilayer-perceptron cell: an evaluation, its vector-Jacobian product, a whole solve in one launch.
+
+Matrix products run on tensor cores and add up in float32 (float64 for float64). The formulas stand in
+triton_deq/reference/mlp.py.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_hip
+
+from .activations import activate, activation_curvature, activation_slope
+from .primitives import (
+    BEST,
+    CONVERGED,
+    COUNT,
+    DIVERGENCE,
+    LIMIT,
+    RESIDUAL,
+    RUNNING,
+    STATUS,
+    STEPS,
+    TOLERANCE,
+    is_finite,
+    judge,
+    mixing_weights,
+)
+
+
+@triton.jit
+def dot(a, b, total, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr):
+    """`total + a b`. OPERAND: what tensor cores take; float32 as three TF32 products, or as one with TF32."""
+    if TF32:
+        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="tf32", out_dtype=WIDE)
+    elif is_hip():  # AMD's matrix cores take float32 as it is
+        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="ieee", out_dtype=WIDE)
+    else:
+        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="tf32x3", out_dtype=WIDE)
+
+
+@triton.jit
+def product(
+    rows_ptr,
+    scale_ptr,
+    rows,
+    scale_rows,
+    present,
+    matrix_ptr,
+    columns,
+    column_stride,
+    depth_stride,
+    N,
+    K,
+    SCALED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`X M` at `rows` and `columns`, X being rows of K entries, multiplied elementwise by `scale` if SCALED.
+
+    rows, scale_rows: numbers of rows, counted from where the pointers point.
+    matrix: entry (depth k, column n) of M lies at k · depth_stride + n · column_stride; M is [K, N].
+    """
+    total = tl.zeros([rows.shape[0], columns.shape[0]], dtype=WIDE)
+    for start in range(0, K, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        within = depth < K
+        inside = present[:, None] & within[None, :]
+        a = tl.load(rows_ptr + rows[:, None] * K + depth[None, :], mask=inside, other=0)
+        if SCALED:
+            scale = tl.load(scale_ptr + scale_rows[:, None] * K + depth[None, :], mask=inside, other=0)
+            a = a.to(WIDE) * scale.to(WIDE)
+        entries = depth[:, None] * depth_stride + columns[None, :] * column_stride
+        b = tl.load(matrix_ptr + entries, mask=within[:, None] & (columns < N)[None, :], other=0)
+        total = dot(a, b, total, TF32, OPERAND, WIDE)
+    return total
+
+
+@triton.jit
+def standardise(h, inside, N, EPSILON: tl.constexpr):
+    """`n = (h − mean) / σ` of each row's entries that are inside, and 1/σ."""
+    mean = tl.sum(tl.where(inside, h, 0), axis=1) / N
+    centred = tl.where(inside, h - mean[:, None], 0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + EPSILON)
+    return centred * inverse[:, None], inverse
+
+
+@triton.jit
+def standardise_vjp(g, normal, inverse, N):
+    """`(g − mean(g) − n mean(g n)) / σ`; g and n are zero outside of their row."""
+    mean = tl.sum(g, axis=1) / N
+    along = tl.sum(g * normal, axis=1) / N
+    return inverse[:, None] * (g - mean[:, None] - normal * along[:, None])
+
+
+@triton.jit
+def tile_of(N, ROWS, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and the columns of this program; GROUP row blocks share what they read of the matrix."""
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(ROWS, BLOCK_B)
+    wide = GROUP * tl.cdiv(N, BLOCK_N)
+    first = program // wide * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    row_block = first + program % wide % size
+    return row_block * BLOCK_B, program % wide // size * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def mlp_kernel(
+    z_ptr,
+    weight_ptr,
+    injection_ptr,
+    gain_ptr,
+    offset_ptr,
+    value_ptr,
+    slope_ptr,
+    curvature_ptr,
+    B,
+    N,
+    K,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    NORM: tl.constexpr,
+    EPSILON: tl.constexpr,
+    TF32: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`act(a)` with `a = z Wᵀ + u`, normalised over its width with NORM; on request `act′(a)` and `act″(a)`.
+
+    z: [B, K]    weight: [N, K]    injection u, value, slope, curvature: [B, N]    gain, offset: [N]
+    NORM: BLOCK_N is at least N.
+    """
+    begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    rows = tl.arange(0, BLOCK_B)
+    present = begin + rows < B
+    z_ptr += begin.to(tl.int64) * K
+    a = product(
+        z_ptr,
+        z_ptr,
+        rows,
+        rows,
+        present,
+        weight_ptr,
+        columns,
+        K,
+        1,
+        N,
+        K,
+        False,
+        BLOCK_K,
+        TF32,
+        OPERAND,
+        WIDE,
+    )
+    inside = present[:, None] & (columns < N)[None, :]
+    tile = begin.to(tl.int64) * N + (rows[:, None] * N + columns[None, :])
+    a += tl.load(injection_ptr + tile, mask=inside, other=0).to(WIDE)
+    value = activate(a, ACTIVATION)
+    if NORM:
+        normal, _ = standardise(value, inside, N, EPSILON)
+        gain = tl.load(gain_ptr + columns, mask=columns < N, other=0).to(WIDE)
+        offset = tl.load(offset_ptr + columns, mask=columns < N, other=0).to(WIDE)
+        value = normal * gain[None, :] + offset[None, :]
+    tl.store(value_ptr + tile, value, mask=inside)
+    if SLOPE:
+        tl.store(slope_ptr + tile, activation_slope(a, ACTIVATION), mask=inside)
+    if CURVATURE:
+        tl.store(curvature_ptr + tile, activation_curvature(a, ACTIVATION), mask=inside)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def mlp_vjp_kernel(
+    vector_ptr,
+    slope_ptr,
+    weight_ptr,
+    shift_ptr,
+    out_ptr,
+    ROWS,
+    B,
+    N,
+    K,
+    SHIFT: tl.constexpr,
+    TF32: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`(v ⊙ act′(a)) W`, the product of v with the Jacobian of `z ↦ act(z Wᵀ + u)`, plus `shift`.
+
+    vector: [ROWS, K], ROWS a multiple of B    slope: [B, K]    weight: [K, N]    shift, out: [ROWS, N]
+    """
+    begin, columns = tile_of(N, ROWS, BLOCK_B, BLOCK_N, GROUP)
+    rows = tl.arange(0, BLOCK_B)
+    present = begin + rows < ROWS
+    scale_rows = ((begin + rows) % B).to(tl.int64)
+    vector_ptr += begin.to(tl.int64) * K
+    value = product(
+        vector_ptr,
+        slope_ptr,
+        rows,
+        scale_rows,
+        present,
+        weight_ptr,
+        columns,
+        1,
+        N,
+        N,
+        K,
+        True,
+        BLOCK_K,
+        TF32,
+        OPERAND,
+        WIDE,
+    )
+    inside = present[:, None] & (columns < N)[None, :]
+    tile = begin.to(tl.int64) * N + (rows[:, None] * N + columns[None, :])
+    if SHIFT:
+        value += tl.load(shift_ptr + tile, mask=inside, other=0).to(WIDE)
+    tl.store(out_ptr + tile, value, mask=inside)
+
+
+@triton.jit
+def evaluate(
+    x_ptr,
+    first_ptr,
+    second_ptr,
+    shift_ptr,
+    slope_ptr,
+    gain_ptr,
+    offset_ptr,
+    normal_ptr,
+    inverse_ptr,
+    scratch_ptr,
+    rows,
+    columns,
+    present,
+    ADJOINT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    EPSILON: tl.constexpr,
+    TF32: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The cell at `rows`, or with ADJOINT the map `x ↦ x J + g` of its backward solve; whole rows.
+
+    The arguments are those of `mlp_solve_kernel`, but pointers to rows point to the program's first.
+    """
+    within = columns < WIDTH
+    inside = present[:, None] & within[None, :]
+    tile = rows[:, None] * WIDTH + columns[None, :]
+    source_ptr = x_ptr
+    if NORM:
+        gain = tl.load(gain_ptr + columns, mask=within, other=0).to(WIDE)
+    if ADJOINT and (NORM or HIDDEN == 0):
+        vector = tl.load(x_ptr + tile, mask=inside, other=0).to(WIDE)
+        if NORM:
+            normal = tl.load(normal_ptr + tile, mask=inside, other=0).to(WIDE)
+            inverse = tl.load(inverse_ptr + rows, mask=present, other=0).to(WIDE)
+            vector = standardise_vjp(vector * gain[None, :], normal, inverse, WIDTH)
+        if HIDDEN == 0:
+            vector *= tl.load(slope_ptr + tile, mask=inside, other=0).to(WIDE)
+        tl.store(scratch_ptr + tile, vector, mask=inside)
+        tl.debug_barrier()  # the product reads what other threads have stored
+        source_ptr = scratch_ptr
+
+    if HIDDEN == 0:
+        # W as it is for the adjoint, else transposed.
+        column_stride: tl.constexpr = 1 if ADJOINT else WIDTH
+        depth_stride: tl.constexpr = WIDTH if ADJOINT else 1
+        value = product(
+            source_ptr,
+            source_ptr,
+            rows,
+            rows,
+            present,
+            first_ptr,
+            columns,
+            column_stride,
+            depth_stride,
+            WIDTH,
+            WIDTH,
+            False,
+            BLOCK_K,
+            TF32,
+            OPERAND,
+            WIDE,
+        )
+        shift = tl.load(shift_ptr + tile, mask=inside, other=0).to(WIDE)
+        value = value + shift if ADJOINT else activate(value + shift, ACTIVATION)
+    else:
+        value = tl.zeros([rows.shape[0], columns.shape[0]], dtype=WIDE)
+        for start in range(0, HIDDEN, BLOCK_H):
+            hidden = start + tl.arange(0, BLOCK_H)
+            part = present[:, None] & (hidden < HIDDEN)[None, :]
+            hidden_tile = rows[:, None] * HIDDEN + hidden[None, :]
+            column_stride: tl.constexpr = 1 if ADJOINT else WIDTH
+            depth_stride: tl.constexpr = HIDDEN if ADJOINT else 1
+            inner = product(
+                source_ptr,
+                source_ptr,
+                rows,
+                rows,
+                present,
+                second_ptr if ADJOINT else first_ptr,
+                hidden,
+                column_stride,
+                depth_stride,
+                HIDDEN,
+                WIDTH,
+                False,
+                BLOCK_K,
+                TF32,
+                OPERAND,
+                WIDE,
+            )
+            if ADJOINT:
+                inner *= tl.load(slope_ptr + hidden_tile, mask=part, other=0).to(WIDE)
+                entries = hidden[:, None] * WIDTH + columns[None, :]
+                matrix_ptr = first_ptr
+            else:
+                inner = activate(
+                    inner + tl.load(shift_ptr + hidden_tile, mask=part, other=0).to(WIDE), ACTIVATION
+                )
+                entries = hidden[:, None] + columns[None, :] * HIDDEN
+                matrix_ptr = second_ptr
+            mask = (hidden < HIDDEN)[:, None] & within[None, :]
+            value = dot(inner, tl.load(matrix_ptr + entries, mask=mask, other=0), value, TF32, OPERAND, WIDE)
+        if ADJOINT:
+            value += tl.load(shift_ptr + tile, mask=inside, other=0).to(WIDE)
+
+    if NORM and not ADJOINT:
+        normal, _ = standardise(value, inside, WIDTH, EPSILON)
+        offset = tl.load(offset_ptr + columns, mask=within, other=0).to(WIDE)
+        value = normal * gain[None, :] + offset[None, :]
+    return value
+
+
+@triton.jit(do_not_specialize=["B", "max_steps"])
+def mlp_solve_kernel(
+    x_ptr,
+    best_ptr,
+    residuals_ptr,
+    iterates_ptr,
+    gram_ptr,
+    weights_ptr,
+    record_ptr,
+    trace_ptr,
+    first_ptr,
+    second_ptr,
+    shift_ptr,
+    slope_ptr,
+    gain_ptr,
+    offset_ptr,
+    normal_ptr,
+    inverse_ptr,
+    scratch_ptr,
+    B,
+    max_steps,
+    ADJOINT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    EPSILON: tl.constexpr,
+    HISTORY: tl.constexpr,
+    LANES: tl.constexpr,
+    MIXING: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    RIDGE: tl.constexpr,
+    RELATIVE_RIDGE: tl.constexpr,
+    TRACE: tl.constexpr,
+    TF32: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """A program takes SAMPLES rows from x to their fixed point by Anderson mixing; each stops by itself.
+
+    The cell is `act(z Wᵀ + u)`, with HIDDEN `act(z Wᵀ + u) Vᵀ`, with NORM its LayerNorm. With ADJOINT what
+    is solved is `x = x J + g`, J being the cell's Jacobian. Decisions stay in registers; histories
+    and Gram matrices, which a program alone reads and writes, are in its cache.
+
+    x, best: [B, WIDTH]; x holds z0 (with ADJOINT: a first guess)    residuals, iterates: [HISTORY, B, WIDTH]
+    gram: [B, HISTORY, HISTORY]    weights: [B, LANES]
+    record: [FIELDS, B], as before the first step
+    trace: [max_steps, B] float64, written up to the step at which a sample stops
+    first: W [WIDTH or HIDDEN, WIDTH]    second: V [WIDTH, HIDDEN]
+    shift: u [B, WIDTH or HIDDEN]; with ADJOINT g [B, WIDTH]    slope: act′ [B, WIDTH or HIDDEN]
+    gain, offset: the LayerNorm's [WIDTH]    normal: [B, WIDTH], inverse: [B], its n and 1/σ at the solution
+    scratch: [B, WIDTH]
+    slope, normal, inverse and scratch are read with ADJOINT only.
+    """
+    first_row = tl.program_id(0) * SAMPLES
+    local = tl.arange(0, SAMPLES)
+    rows = first_row + local
+    present = rows < B
+    columns = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, LANES)
+    inside = present[:, None] & (columns < WIDTH)[None, :]
+
+    # Pointers to the program's own rows, so that offsets of 32 bits, which take fewer registers, serve.
+    begin = first_row.to(tl.int64) * WIDTH
+    x_ptr += begin
+    best_ptr += begin
+    residuals_ptr += begin
+    iterates_ptr += begin
+    scratch_ptr += begin
+    normal_ptr += begin
+    gram_ptr += first_row.to(tl.int64) * HISTORY * HISTORY
+    weights_ptr += first_row.to(tl.int64) * LANES
+    inverse_ptr += first_row
+    slope_ptr += first_row.to(tl.int64) * (HIDDEN if HIDDEN > 0 else WIDTH)
+    shift_ptr += first_row.to(tl.int64) * (HIDDEN if HIDDEN > 0 and not ADJOINT else WIDTH)
+    tile = local[:, None] * WIDTH + columns[None, :]
+    ring = B.to(tl.int64) * WIDTH
+    status = tl.where(present, RUNNING, CONVERGED)
+    for step in range(max_steps):
+        running = status == RUNNING
+        if tl.sum(running.to(tl.int32), axis=0) > 0:
+            tl.debug_barrier()  # the last step's stores, by whichever thread, are seen from here on
+            live = running[:, None] & inside
+            fx = evaluate(
+                x_ptr,
+                first_ptr,
+                second_ptr,
+                shift_ptr,
+                slope_ptr,
+                gain_ptr,
+                offset_ptr,
+                normal_ptr,
+                inverse_ptr,
+                scratch_ptr,
+                local,
+                columns,
+                present,
+                ADJOINT,
+                WIDTH,
+                HIDDEN,
+                ACTIVATION,
+                NORM,
+                EPSILON,
+                TF32,
+                OPERAND,
+                WIDE,
+                BLOCK_K,
+                BLOCK_H,
+            )
+            x = tl.load(x_ptr + tile, mask=inside, other=0)
+            wide_x = x.to(WIDE)
+            fx = tl.where(inside, fx.to(x.dtype).to(WIDE), 0)  # rounded as f's value is outside of here
+            difference = (fx - wide_x).to(x.dtype).to(WIDE)
+            iterate = (wide_x + MIXING * (fx - wide_x)).to(x.dtype)
+
+            slot = step % HISTORY
+            filled = tl.minimum(step + 1, HISTORY)
+            exact = difference.to(tl.float64)
+            value_sq = tl.sum(fx.to(tl.float64) * fx.to(tl.float64), axis=1)
+            residual_sq = tl.sum(exact * exact, axis=1)
+            finite = is_finite(residual_sq) & is_finite(value_sq)
+            limit = tl.load(record_ptr + LIMIT * B + rows, mask=present, other=0)
+            limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
+            best = tl.load(record_ptr + BEST * B + rows, mask=present, other=0)
+            tolerance = tl.load(record_ptr + TOLERANCE * B + rows, mask=present, other=0)
+            fate, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
+            improved = running & improved
+            status = tl.where(running, fate, status)
+            moving = status == RUNNING
+            tl.store(best_ptr + tile, x, mask=improved[:, None] & inside)
+
+            if HISTORY > 1:
+                sums = tl.where(lanes[None, :] == slot, residual_sq[:, None], 0.0)
+                for j in range(HISTORY):
+                    older = tl.where((j < filled) & (j != slot), live, False)
+                    other = tl.load(residuals_ptr + j * ring + tile, mask=older, other=0).to(tl.float64)
+                    sums += tl.where(lanes[None, :] == j, tl.sum(exact * other, axis=1)[:, None], 0.0)
+                tl.store(residuals_ptr + slot * ring + tile, difference, mask=live)
+                tl.store(iterates_ptr + slot * ring + tile, iterate, mask=live)
+                # The small solves have layouts of their own, so what they take and give goes through memory.
+                renewed = running[:, None] & (lanes < HISTORY)[None, :]
+                corner = local[:, None] * HISTORY * HISTORY
+                tl.store(gram_ptr + corner + slot * HISTORY + lanes[None, :], sums, mask=renewed)
+                tl.store(gram_ptr + corner + lanes[None, :] * HISTORY + slot, sums, mask=renewed)
+            tl.debug_barrier()  # every thread has read x, and what it stored may be read by others
+            if HISTORY > 1:
+                square = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
+                entries = local[:, None, None] * HISTORY * HISTORY + (
+                    lanes[:, None] * HISTORY + lanes[None, :]
+                )
+                gram = tl.load(gram_ptr + entries, mask=present[:, None, None] & square[None, :, :], other=0)
+                count = tl.load(record_ptr + COUNT * B + rows, mask=present, other=0).to(tl.int32)
+                count = tl.minimum(count + 1, HISTORY)
+                weights, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
+                tl.store(
+                    weights_ptr + local[:, None] * LANES + lanes[None, :], weights, mask=present[:, None]
+                )
+                tl.debug_barrier()  # every thread has read count, too
+                tl.store(record_ptr + COUNT * B + rows, tl.where(mixed, count, 1), mask=present)
+                following = tl.zeros([SAMPLES, BLOCK], dtype=WIDE)
+                for j in range(HISTORY):
+                    weight = tl.load(weights_ptr + local * LANES + j, mask=moving, other=0).to(WIDE)
+                    used = (weight != 0)[:, None] & inside
+                    other = tl.load(iterates_ptr + j * ring + tile, mask=used, other=0).to(WIDE)
+                    following += weight[:, None] * other
+            else:
+                following = iterate.to(WIDE)
+            tl.store(x_ptr + tile, following, mask=moving[:, None] & inside)
+
+            # What is known of a sample is kept there, and not in registers that a product needs.
+            tl.store(record_ptr + LIMIT * B + rows, limit, mask=running)
+            tl.store(record_ptr + STEPS * B + rows, tl.where(running, step + 1, 0), mask=running)
+            tl.store(record_ptr + RESIDUAL * B + rows, residual, mask=running & finite)
+            tl.store(record_ptr + BEST * B + rows, residual, mask=improved)
+            if TRACE:
+                kept = tl.load(record_ptr + RESIDUAL * B + rows, mask=running & (finite == 0), other=0)
+                tl.store(trace_ptr + step * B + rows, tl.where(finite, residual, kept), mask=running)
+
+    tl.store(record_ptr + STATUS * B + rows, status, mask=present)

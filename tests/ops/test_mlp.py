@@ -1,0 +1,190 @@
+"""The layer, its product and the whole solve: kernels against float64, float64 against autograd."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from triton_deq.ops import mlp as op
+from triton_deq.reference import mlp as reference
+from triton_deq.reference.activations import ACTIVATIONS, Activation
+from triton_deq.verification import BOUNDS, Case, check_mlp, check_mlp_solve
+
+kernels = pytest.mark.kernels
+RELU = ACTIVATIONS["relu"]
+
+
+def assert_within_bounds(rows):
+    over = [row for row in rows if not row.passed]
+    assert not over, "\n".join(map(str, over))
+
+
+def layer(batch=4, width=5, depth=3, dtype=torch.float64, device="cpu"):
+    return tuple(
+        torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+        for shape in ((batch, depth), (width, depth), (batch, width))
+    )
+
+
+@kernels
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (70, 130)], ids=str)
+def test_kernels_match_the_reference(shape, dtype, device):
+    assert_within_bounds(check_mlp(Case(getattr(torch, dtype), shape, torch.device(device), seed=1)))
+
+
+@kernels
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_any_strides(layout, device):
+    assert_within_bounds(check_mlp(Case(torch.float32, (3, 37), torch.device(device), 6, layout)))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 1), (19, 37)], ids=str)
+def test_whole_solves_match_the_general_loop(shape, dtype, device):
+    assert_within_bounds(check_mlp_solve(Case(getattr(torch, dtype), shape, torch.device(device), seed=2)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_are_autograds(activation, backend, device):
+    z, weight, u = layer(device=device)
+    value, slope = op.mlp_and_slope(z, weight, u, ACTIVATIONS[activation], backend)
+    inner = (z @ weight.T + u).detach().requires_grad_()
+    wanted = getattr(torch.nn.functional, activation)(inner)
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(slope, torch.autograd.grad(wanted.sum(), inner)[0])
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu", "softplus"])
+def test_derivatives_of_value_and_slope(activation, backend, device):
+    function = ACTIVATIONS[activation]
+
+    def both(*tensors):
+        return op.mlp_and_slope(*tensors, function, backend)
+
+    tensors = layer(batch=2, width=3, depth=2, device=device)
+    assert gradcheck(both, tensors)
+    assert gradgradcheck(both, tensors)
+
+
+def test_derivatives_where_some_are_not_asked_for(backend, device):
+    z, weight, _ = layer(device=device)
+    bias = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)  # broadcast over the batch
+    for tensors in ((z, weight.detach(), bias), (z.detach(), weight, bias.detach())):
+        assert gradcheck(lambda *given: op.mlp(*given, ACTIVATIONS["silu"], backend=backend), tensors)
+        assert gradgradcheck(lambda *given: op.mlp(*given, ACTIVATIONS["silu"], backend=backend), tensors)
+
+
+def test_slope_of_relu_has_no_derivative(backend, device):
+    tensors = layer(device=device)
+    value, slope = op.mlp_and_slope(*tensors, RELU, backend)
+    first = torch.autograd.grad((value * slope.detach()).sum(), tensors, create_graph=True)
+    wanted, flat = reference.mlp_and_slope(*tensors, RELU)
+    expected = torch.autograd.grad((wanted * flat).sum(), tensors, create_graph=True)
+    torch.testing.assert_close(first, expected)
+
+
+def test_product_is_autograds_and_differentiable(backend, device):
+    z, weight, u = layer(device=device)
+    value, slope = op.mlp_and_slope(z, weight, u, ACTIVATIONS["silu"], backend)
+    vectors = torch.randn(2, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
+    shift = torch.randn(2, 4, 3, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        products = op.mlp_vjp(vectors, slope, weight, shift, backend)
+    for vector, product, given in zip(vectors, products, shift, strict=True):
+        (expected,) = torch.autograd.grad(value, z, vector.detach(), retain_graph=True)
+        torch.testing.assert_close(product, expected + given)
+    assert gradcheck(
+        lambda *given: op.mlp_vjp(*given, backend=backend), (vectors, slope.detach().requires_grad_(), weight)
+    )
+
+
+def test_leading_dimensions_and_empty_batches(backend, device):
+    _, weight, _ = layer(device=device)
+    z = torch.randn(2, 3, 3, dtype=torch.float64, device=device)
+    u = torch.randn(3, 5, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        value = op.mlp(z, weight, u, RELU, backend=backend)
+        torch.testing.assert_close(value, torch.relu(z @ weight.T + u))
+        assert op.mlp(z[:0], weight, u, RELU, backend=backend).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("width", [5, 600])
+def test_norm_is_pytorchs(width, backend, device):
+    z, weight, u = layer(width=width, device=device)
+    norm = op.Norm(*torch.randn(2, width, dtype=torch.float64, device=device), 1e-5)
+    wanted = torch.nn.functional.layer_norm(
+        torch.tanh(z @ weight.T + u), (width,), norm.gain, norm.offset, norm.epsilon
+    )
+    torch.testing.assert_close(op.mlp(z, weight, u, ACTIVATIONS["tanh"], norm, backend), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(op.mlp(z, weight, u, ACTIVATIONS["tanh"], norm, backend), wanted)
+
+
+def test_nan_stays_in_its_sample(backend, device):
+    z, weight, u = (tensor.detach() for tensor in layer(device=device))
+    z[1, 2] = math.nan
+    value = op.mlp(z, weight, u, RELU, backend=backend)
+    assert value.isnan().any(1).tolist() == [False, True, False, False]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_errs_at_most_twice_as_much_as_pytorch(dtype, device):
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter truncates where it should round to bfloat16")
+    z, weight, u = (tensor.detach().to(dtype) for tensor in layer(20, 60, 90, device=device))
+    wanted = torch.tanh(z.double() @ weight.double().T + u.double())
+    ours = (op.mlp(z, weight, u, ACTIVATIONS["tanh"], backend="triton").double() - wanted).norm()
+    theirs = (torch.tanh(torch.nn.functional.linear(z, weight) + u).double() - wanted).norm()
+    assert ours <= 2 * theirs
+
+
+@kernels
+def test_tanh_and_softplus_keep_small_values(device):
+    """Where 1 − exp(−2a) and log(1 + exp(a)) would lose them."""
+    a = torch.tensor([[1e-6, -3e-4, 0.02, -0.6, 0.63, 9.0, -20.0, 60.0]], device=device)
+    zero = torch.zeros(8, 1, device=device)
+    for name, function in (("tanh", torch.tanh), ("softplus", torch.nn.functional.softplus)):
+        value = op.mlp(torch.zeros(1, 1, device=device), zero, a, ACTIVATIONS[name], backend="triton")
+        torch.testing.assert_close(value.double(), function(a.double()), rtol=1e-6, atol=0)
+
+
+@kernels
+def test_transforms_autocast_and_foreign_activations_take_ordinary_operators(device):
+    z, weight, u = layer(dtype=torch.float32, device=device)
+    tanh = ACTIVATIONS["tanh"]
+    assert op.served(z, tanh, "triton", weight, u)
+    assert not op.served(z, Activation("tanh", torch.sin, torch.cos), "triton", weight, u)
+    assert not op.served(z, tanh, "triton", weight.double(), u)
+    with torch.autocast(device, torch.bfloat16):
+        assert op.mlp(z, weight, u, tanh, backend="triton").dtype == torch.promote_types(
+            torch.bfloat16, u.dtype
+        )
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, u: op.mlp(z, weight, u, tanh)))(z, u)
+    slope = op.mlp_and_slope(z, weight, u, tanh, "triton")[1]
+    torch.testing.assert_close(jacobian, slope[:, :, None] * weight)
+
+
+@kernels
+def test_same_bits_every_time(device):
+    z, weight, u = (tensor.detach().float() for tensor in layer(40, 12, 12, device=device))
+    rule = op.Rule(3, 1.0, 1e-6, True, 1e-6, 6, True)
+    cell = op.Layer(weight / 8, u, ACTIVATIONS["tanh"], None, None)
+    first, second = (op.mlp_solve(z, cell, rule) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1].data, second[1].data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "history", "fits"),
+    [((2, 256), 6, True), ((2, 257), 6, False), ((2, 16), 9, False), ((2, 3, 16), 6, False)],
+    ids=str,
+)
+def test_what_fits_one_launch(shape, history, fits):
+    z = torch.empty(shape)
+    rule = op.Rule(history, 1.0, 1e-6, True, 1e-6, 6, True)
+    cell = op.Layer(torch.empty(shape[-1], shape[-1]), z, RELU, None, None)
+    assert op.mlp_solve_fits(z, cell, rule) is fits

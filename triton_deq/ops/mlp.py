@@ -1,0 +1,438 @@
+"""The multilayer perceptron's layer as an op, its vector-Jacobian product, and a whole solve in one launch.
+
+Inside torch.compile, under autocast and in the transforms of torch.func the ordinary operators run: those
+know what to make of them.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import backend as backends
+from ..reference import mlp as reference
+from ..reference.activations import ACTIVATIONS, Activation
+from ..reference.record import Record, accumulate_dtype
+from .launch import launch, next_power_of_2, wide_dtype
+
+MOST_NORM = 512
+"""The widest LayerNorm that one program's rows can hold."""
+MOST_WIDTH = 256
+"""The widest state of a solve in one launch."""
+MOST_HISTORY = 8
+"""The longest history there."""
+SAMPLES = 16
+"""Samples of a program there: the least number of rows that a matrix product takes."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm's gain and offset, `[N]` both, and its ε."""
+
+    gain: Tensor
+    offset: Tensor
+    epsilon: float
+
+
+def served(z: Tensor, activation: Activation, backend: str, *others: Tensor | None) -> bool:
+    """Whether the kernels can compute a layer of these tensors here, and should."""
+    if torch.compiler.is_compiling() or backends.choose(z, backend)[0] == "reference":
+        return False
+    known = activation is ACTIVATIONS.get(activation.name)
+    alike = all(other is None or (other.dtype, other.device) == (z.dtype, z.device) for other in others)
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    autocast = torch.is_autocast_enabled(z.device.type)
+    return known and alike and z.numel() > 0 and not (transformed or autocast)
+
+
+def mlp(
+    z: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    activation: Activation,
+    norm: Norm | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`act(z Wᵀ + u)`, or with `norm` its LayerNorm; differentiable to any order.
+
+    Args:
+        z: `[..., K]`, floating, any strides.
+        weight: W `[N, K]`, of z's dtype.
+        u: `[..., N]`, of z's dtype, with z's leading dimensions or some that broadcast to them.
+        activation: one of `ACTIVATIONS`, or one of your own, which the reference computes.
+        norm: fused into the product where no gradient is recorded and N ≤ 512, else applied by PyTorch.
+
+    float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
+    `torch.backends.cuda.matmul.allow_tf32` allows it; 16-bit ones add up in float32.
+    """
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, weight, u))
+    if not served(z, activation, backend, weight, u):
+        value = reference.mlp(z, weight, u, activation)
+    elif recorded:
+        value, _ = MLPFunction.apply(z, weight, u, activation)
+    elif norm is None or len(weight) <= MOST_NORM:
+        return mlp_fwd(z, weight, u, activation, norm)
+    else:
+        value = mlp_fwd(z, weight, u, activation)
+    if norm is None:
+        return value
+    return torch.nn.functional.layer_norm(value, value.shape[-1:], norm.gain, norm.offset, norm.epsilon)
+
+
+def mlp_and_slope(
+    z: Tensor, weight: Tensor, u: Tensor, activation: Activation, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`act(a)` and `act′(a)`, both differentiable; arguments as in `mlp`."""
+    if not served(z, activation, backend, weight, u):
+        return reference.mlp_and_slope(z, weight, u, activation)
+    return MLPFunction.apply(z, weight, u, activation)
+
+
+def mlp_vjp(
+    vector: Tensor,
+    slope: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`(v ⊙ act′(a)) W`, the layer's vector-Jacobian product, plus `shift`; differentiable.
+
+    Args:
+        vector: v `[..., *slope.shape]`, of any number of probes.
+        slope: `act′(a)` `[..., N]`.
+        weight: W `[N, K]`.
+        shift: `[..., K]`, shaped like the product, or None.
+        out: contiguous, where the product is left; only without gradients.
+    """
+    given = (vector, slope, weight, shift)
+    recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
+    alike = served(vector, ACTIVATIONS["relu"], backend, slope, weight, shift)
+    if recorded or not alike or vector.shape[vector.dim() - slope.dim() :] != slope.shape:
+        product = reference.mlp_vjp(vector, slope, weight)
+        product = product if shift is None else product + shift
+        return product if out is None else out.copy_(product)
+    return mlp_vjp_fwd(vector, slope, weight, shift, out)
+
+
+# ------------------------------------------------------------------------------------------- the launches
+
+
+def mlp_fwd(
+    z: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    activation: Activation,
+    norm: Norm | None = None,
+    out: Tensor | None = None,
+    slope: Tensor | None = None,
+    curvature: Tensor | None = None,
+) -> Tensor:
+    """The value by the kernel, into `out` if given; act′ and act″ into the others. Those are contiguous."""
+    rows, injected = _rows(z), _rows(u.expand(*z.shape[:-1], u.shape[-1]))
+    batch, depth = rows.shape
+    width = weight.shape[0]
+    value = z.new_empty(*z.shape[:-1], width) if out is None else out
+    weight = weight.contiguous()
+    grid, constants = _tiles(batch, width, z.dtype, whole=norm is not None)
+    launch(
+        _kernels().mlp_kernel,
+        grid,
+        rows,
+        weight,
+        injected,
+        weight if norm is None else norm.gain.contiguous(),
+        weight if norm is None else norm.offset.contiguous(),
+        value,
+        value if slope is None else slope,
+        value if curvature is None else curvature,
+        batch,
+        width,
+        depth,
+        ACTIVATION=activation.name,
+        SLOPE=slope is not None,
+        CURVATURE=curvature is not None,
+        NORM=norm is not None,
+        EPSILON=0.0 if norm is None else norm.epsilon,
+        **constants,
+    )
+    return value
+
+
+def mlp_vjp_fwd(
+    vector: Tensor, slope: Tensor, weight: Tensor, shift: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """The product by the kernel, into `out` if given."""
+    rows, slopes = _rows(vector), _rows(slope)
+    depth, width = weight.shape
+    product = vector.new_empty(*vector.shape[:-1], width) if out is None else out
+    grid, constants = _tiles(len(rows), width, vector.dtype)
+    launch(
+        _kernels().mlp_vjp_kernel,
+        grid,
+        rows,
+        slopes,
+        weight.contiguous(),
+        product if shift is None else _rows(shift.expand(product.shape)),
+        product,
+        len(rows),
+        len(slopes),
+        width,
+        depth,
+        SHIFT=shift is not None,
+        **constants,
+    )
+    return product
+
+
+class MLPFunction(torch.autograd.Function):
+    """`(z, W, u) ↦ (act(a), act′(a))`, so that the Jacobian's own derivative needs no double backward.
+
+    With ḡ, s̄ the gradients of both: `ā = ḡ ⊙ act′(a) + s̄ ⊙ act″(a)`, then `z̄ = ā W`, `W̄ = āᵀ z`, `ū = ā`.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, weight: Tensor, u: Tensor, activation: Activation):
+        slope, curvature = (z.new_empty(*z.shape[:-1], weight.shape[0]) for _ in range(2))
+        value = mlp_fwd(z, weight, u, activation, slope=slope, curvature=curvature)
+        ctx.save_for_backward(z, weight, u, slope, curvature)
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        return value, slope
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, slope_grad: Tensor | None):
+        z, weight, u, slope, curvature = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            return *_by_operators((z, weight, u), ctx.activation, (grad, slope_grad)), None
+        inner = None if grad is None else grad * slope
+        if slope_grad is not None:
+            bent = slope_grad * curvature
+            inner = bent if inner is None else inner.add_(bent)
+        if inner is None:
+            return None, None, None, None
+        of_z, of_weight, of_u, _ = ctx.needs_input_grad
+        return (
+            inner @ weight if of_z else None,
+            _rows(inner).mT @ _rows(z) if of_weight else None,
+            inner.sum_to_size(u.shape) if of_u else None,
+            None,
+        )
+
+
+# -------------------------------------------------------------------------------- a whole solve in one launch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The cell that a whole solve iterates: `act(z Wᵀ + u)`, or `act(z Wᵀ + u) Vᵀ`, and a LayerNorm after it.
+
+    weight: W `[N, N]`, or `[H, N]` with output. u: `[B, N]` or `[B, H]`. output: V `[N, H]` or None.
+    """
+
+    weight: Tensor
+    u: Tensor
+    activation: Activation
+    output: Tensor | None
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """The same cell's Jacobian J at a state, for `x ↦ x J + g`.
+
+    weight, output, gain: as in `Layer`; gain `[N]` is the LayerNorm's. slope: `act′(a)` `[B, N]` or `[B, H]`.
+    normal: `[B, N]`, the LayerNorm's normalised value, and inverse `[B, 1]`, its 1/σ, in the accumulation
+    dtype; None without one.
+    """
+
+    weight: Tensor
+    output: Tensor | None
+    slope: Tensor
+    gain: Tensor | None
+    normal: Tensor | None
+    inverse: Tensor | None
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to solve: Anderson's numbers (history 1: Picard) and when to stop; as in `td.Anderson`, `solve`."""
+
+    history: int
+    mixing: float
+    ridge: float
+    relative_ridge: bool
+    tol: float
+    max_steps: int
+    relative: bool
+
+
+def mlp_solve_fits(z0: Tensor, cell: Layer | Linearised, rule: Rule) -> bool:
+    """Whether such a solve can be done in one launch: width at most 256, history at most 8."""
+    width = cell.weight.shape[1]
+    return (
+        z0.dim() == 2
+        and z0.shape[1] == width <= MOST_WIDTH
+        and rule.history <= MOST_HISTORY
+        and (cell.output is not None or cell.weight.shape[0] == width)
+    )
+
+
+def mlp_solve(
+    z0: Tensor, cell: Layer | Linearised, rule: Rule, trace: bool = False
+) -> tuple[Tensor, Record, Tensor | None]:
+    """The fixed point of each sample from z0 `[B, N]`, B ≥ 1, in one launch; not differentiable.
+
+    Each sample takes the iterates that the general loop takes, up to rounding, and stops by itself.
+
+    Returns the best iterates `[B, N]`, the record, and with `trace` the residuals `[max_steps, B]`, of which
+    a stopped sample repeats its last.
+    """
+    batch, width = z0.shape
+    history = min(rule.history, rule.max_steps)
+    lanes = next_power_of_2(history)
+    x = z0.clone(memory_format=torch.contiguous_format)
+    record = Record(batch, rule.tol, x.device)
+    best = x.clone()
+    wide = accumulate_dtype(x.dtype)
+    nothing, no_sums = x.new_empty(1), x.new_empty(1, dtype=wide)
+    small = record.data.new_empty
+    weight = cell.weight.contiguous()
+    output = weight if cell.output is None else cell.output.contiguous()
+    adjoint = isinstance(cell, Linearised)
+    if isinstance(cell, Linearised):
+        shift, slope, name = cell.shift.contiguous(), cell.slope.contiguous(), "tanh"
+        normal = no_sums if cell.normal is None else cell.normal.contiguous()
+        inverse = no_sums if cell.inverse is None else cell.inverse.contiguous()
+        gain, offset, epsilon = nothing if cell.gain is None else cell.gain.contiguous(), nothing, 0.0
+        normed = cell.gain is not None
+        scratch = torch.empty_like(x)
+    else:
+        shift, slope, name = cell.u.contiguous(), nothing, cell.activation.name
+        normal, inverse, scratch = no_sums, no_sums, nothing
+        normed = cell.norm is not None
+        gain = nothing if cell.norm is None else cell.norm.gain.contiguous()
+        offset = nothing if cell.norm is None else cell.norm.offset.contiguous()
+        epsilon = 0.0 if cell.norm is None else cell.norm.epsilon
+    traced = small(rule.max_steps if trace else 1, batch)
+    launch(
+        _kernels().mlp_solve_kernel,
+        (-(-batch // SAMPLES),),
+        x,
+        best,
+        x.new_empty(history, batch, width),
+        x.new_empty(history, batch, width),
+        small(batch, history, history),
+        small(batch, lanes),
+        record.data,
+        traced,
+        weight,
+        output,
+        shift,
+        slope,
+        gain,
+        offset,
+        normal,
+        inverse,
+        scratch,
+        batch,
+        rule.max_steps,
+        ADJOINT=adjoint,
+        WIDTH=width,
+        HIDDEN=0 if cell.output is None else weight.shape[0],
+        ACTIVATION=name,
+        NORM=normed,
+        EPSILON=epsilon,
+        HISTORY=history,
+        LANES=lanes,
+        MIXING=rule.mixing,
+        RELATIVE=rule.relative,
+        RIDGE=rule.ridge,
+        RELATIVE_RIDGE=rule.relative_ridge,
+        TRACE=trace,
+        SAMPLES=SAMPLES,
+        BLOCK=max(16, next_power_of_2(width)),
+        BLOCK_K=16 if x.dtype == torch.float64 else 32,
+        BLOCK_H=16 if x.dtype == torch.float64 else 32,
+        num_warps=4 if width <= 32 else 8,
+        **precision(x.dtype),
+    )
+    if not trace:
+        return best, record, None
+    step = torch.arange(rule.max_steps, device=x.device)[:, None]
+    return best, record, torch.where(step < record.steps, traced, record.residual)
+
+
+def _by_operators(
+    tensors: tuple[Tensor, Tensor, Tensor], activation: Activation, grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """`MLPFunction`'s gradients by ordinary operators, which can be differentiated."""
+    z, weight, u = tensors
+    outputs = reference.mlp_and_slope(z, weight, u, activation)
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    if not pairs or not leaves:
+        return (None,) * len(tensors)
+    values, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(values, leaves, given, create_graph=True))
+    return tuple(next(found) if tensor.requires_grad else None for tensor in tensors)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[..., N]` as contiguous rows `[rows, N]`."""
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
+def _tiles(
+    rows: int, columns: int, dtype: torch.dtype, whole: bool = False
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the launch's constants: what a program computes, `whole` rows for a norm.
+
+    Without a GPU to time them on these are the tiles that fill tensor cores without spilling; few rows get
+    small tiles, so that there are programs enough.
+    """
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    if whole:
+        block_b, block_n = 16, max(16, next_power_of_2(columns))
+    else:
+        block_b = min(max(16, next_power_of_2(rows)), 128 if narrow else 64)
+        block_n = min(max(16, next_power_of_2(columns)), 128 if narrow else 64)
+        if rows * columns < 132 * block_b * block_n:  # fewer programs than a large GPU has multiprocessors
+            block_b, block_n = min(block_b, 32), min(block_n, 64)
+    grid = (-(-rows // block_b) * -(-columns // block_n),)
+    constants = {
+        "BLOCK_B": block_b,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 16 if whole or dtype == torch.float64 else 64 if narrow else 32,
+        "GROUP": 8,
+        "num_warps": 8 if block_b * block_n >= 8192 else 4,
+    }
+    return grid, {**constants, **precision(dtype)}
+
+
+def precision(dtype: torch.dtype) -> dict[str, Any]:
+    """The constants that say how entries are multiplied and added."""
+    import triton.language as tl
+
+    # The interpreter's arithmetic in bfloat16 is wrong; numbers of that kind are exact in float32.
+    operand = torch.float32 if dtype == torch.bfloat16 and backends.interpreting() else dtype
+    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+    return {
+        "TF32": dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        "OPERAND": names.get(operand, tl.float32),
+        "WIDE": wide_dtype(dtype),
+    }
+
+
+def _kernels() -> ModuleType:
+    from ..kernels import mlp
+
+    return mlp

@@ -1,0 +1,149 @@
+"""`triton-deq verify`: every kernel against its float64 reference, on this machine.
+
+On a GPU the compiled kernels run; elsewhere Triton's interpreter runs them. Inputs are fresh random
+numbers, outputs are filled with NaN before each launch, and the reference computes from the same inputs
+in float64.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..checks import parse_count
+from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
+from .jacobian import check_probe, check_squared_norm
+from .mlp import check_mlp, check_mlp_solve
+from .solvers import check_anderson, check_broyden
+
+__all__ = [
+    "BOUNDS",
+    "CHECKS",
+    "Case",
+    "Row",
+    "check_anderson",
+    "check_broyden",
+    "check_mlp",
+    "check_mlp_solve",
+    "check_probe",
+    "check_squared_norm",
+]
+
+CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
+    "anderson": check_anderson,
+    "broyden": check_broyden,
+    "probe": check_probe,
+    "squared_norm": check_squared_norm,
+    "mlp": check_mlp,
+    "mlp_solve": check_mlp_solve,
+}
+
+
+def cases(seed: int, quick: bool, dtypes: list[str]) -> Iterator[Case]:
+    """The fixed shapes; `quick` takes one of them."""
+    for dtype in dtypes:
+        for shape in SHAPES[1:2] if quick else SHAPES:
+            yield Case(getattr(torch, dtype), shape, _device(), seed)
+
+
+def random_cases(seeds: int, first: int, dtypes: list[str]) -> Iterator[Case]:
+    """One random shape, dtype and layout a seed; small in the interpreter, which is slow."""
+    most = 1 << 20 if _device().type == "cuda" else 5000
+    for seed in range(first, first + seeds):
+        draw = random.Random(seed)
+        entries = round(math.exp(draw.uniform(0, math.log(most))))
+        shape = (draw.randint(1, max(1, min(64, most // entries // 4))), entries)
+        if _device().type == "cpu":
+            shape = (min(shape[0], 5), entries)
+        yield Case(getattr(torch, draw.choice(dtypes)), shape, _device(), seed, draw.choice(LAYOUTS))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="one shape, float32 and bfloat16 only")
+    parser.add_argument("--kernel", choices=sorted(CHECKS), help="only this check")
+    parser.add_argument("--dtype", choices=sorted(BOUNDS), help="only this dtype")
+    parser.add_argument("--seed", type=parse_count(0), default=0, help="of the random inputs (default 0)")
+    parser.add_argument(
+        "--seeds", type=parse_count(1), metavar="N", help="instead: N random shapes, dtypes, strides"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': on standard output)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the checks, print a row each, return 1 if one is over its bound."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, which is below
+    dtypes = [arguments.dtype] if arguments.dtype else list(BOUNDS)
+    if arguments.quick and not arguments.dtype:
+        dtypes = ["float32", "bfloat16"]
+    checks = [CHECKS[arguments.kernel]] if arguments.kernel else list(CHECKS.values())
+    if arguments.seeds is None:
+        chosen = cases(arguments.seed, arguments.quick, dtypes)
+    else:
+        chosen = random_cases(arguments.seeds, arguments.seed, dtypes)
+
+    began = time.perf_counter()
+    rows: list[Row] = []
+    show = print if arguments.json != "-" else lambda *_: None
+    show(
+        f"{'kernel':<18} {'dtype':<9} {'shape':>12} {'layout':<11} {'quantity':<11} {'error':>9} {'bound':>9}"
+    )
+    for case in chosen:
+        for check in checks:
+            for row in check(case):
+                rows.append(row)
+                show(_line(row))
+    if arguments.json:
+        text = json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1)
+        if arguments.json == "-":
+            print(text)
+        else:
+            Path(arguments.json).write_text(text + "\n")
+    return _conclude(rows, time.perf_counter() - began, arguments)
+
+
+def _line(row: Row) -> str:
+    shape = "x".join(map(str, row.shape))
+    verdict = "" if row.passed else "  OVER ITS BOUND"
+    return (
+        f"{row.kernel:<18} {row.dtype:<9} {shape:>12} {row.layout:<11} {row.quantity:<11} "
+        f"{row.error:9.1e} {row.bound:9.1e}"
+        f"{verdict}"
+    )
+
+
+def _conclude(rows: list[Row], seconds: float, arguments: argparse.Namespace) -> int:
+    """One closing sentence, on standard error where standard output is JSON."""
+    out = sys.stderr if arguments.json == "-" else sys.stdout
+    failed = [row for row in rows if not row.passed]
+    worst = max(rows, key=_excess)
+    within = f"{len(rows) - len(failed)} of {len(rows)} rows within their bounds"
+    print(f"{within} on {worst.device} in {seconds:.0f} s", file=out)
+    if arguments.seeds is not None or failed:
+        check = max((name for name in CHECKS if worst.kernel.startswith(name)), key=len)
+        sweep = "--seeds 1 " if arguments.seeds is not None else ""
+        print(
+            f"worst: {worst.kernel} {worst.quantity}, {worst.error:.1e} of {worst.bound:.1e}; again with: "
+            f"triton-deq verify {sweep}--seed {worst.seed} --kernel {check}",
+            file=out,
+        )
+    return 1 if failed else 0
+
+
+def _excess(row: Row) -> float:
+    """How far a row is towards its bound, or beyond it."""
+    if row.bound == 0:
+        return math.inf if row.error else 0.0
+    return math.inf if math.isnan(row.error) else row.error / row.bound
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

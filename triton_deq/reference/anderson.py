@@ -100,7 +100,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
 
     row = torch.bmm(residual[:, None, :], state.residuals[:filled].permute(1, 2, 0))
     state.dots[:, :, :filled] = row
-    state.dots[:, 0, history] = torch.linalg.vector_norm(fx, dim=1).square()
+    torch.linalg.vector_norm(fx, dim=1, out=state.dots[:, 0, history]).square_()
 
 
 def anderson_advance(
@@ -178,8 +178,8 @@ def _host_weights(
             scale = np.where(valid, scale, 0)
             damping = np.where(valid, damping, 1)
         matrix = gram * scale[:, :, None] * scale[:, None, :]
-        diagonal = np.arange(gram.shape[1])
-        matrix[:, diagonal, diagonal] += damping
+        size = len(matrix[0])
+        matrix.reshape(len(matrix), -1)[:, :: size + 1] += damping  # the diagonal, as a view
         try:
             weights = scale * np.linalg.solve(matrix, scale[:, :, None])[:, :, 0]
         except np.linalg.LinAlgError:  # one singular sample fails them all
@@ -188,7 +188,7 @@ def _host_weights(
         weights /= total
         mixed = (total[:, 0] > 0) & (np.abs(weights).sum(axis=1) <= WEIGHT_LIMIT)  # false for NaN too
     if not mixed.all():
-        weights[~mixed] = diagonal == slot
+        weights[~mixed] = np.arange(size) == slot
     return weights, mixed
 
 

@@ -96,8 +96,8 @@ class Record:
 
         with np.errstate(all="ignore"):
             norm, scale = np.sqrt(residual_sq), np.sqrt(value_sq)
-            residual = norm / np.where(norm == 0, 1, scale) if relative else norm
-            if (limit == 0).any():  # the first step
+            residual = norm / (scale + (norm == 0)) if relative else norm  # 0 where f(z) = z = 0
+            if np.count_nonzero(limit) < len(limit):  # the first step
                 np.copyto(limit, DIVERGENCE * (norm + scale), where=limit == 0)
             improved = counted & (residual < best)
             moving = counted & (residual > tolerance) & (norm <= limit)

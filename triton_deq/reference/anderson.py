@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .record import Record, accumulate_dtype
-from .rows import keep_best, runs, unsafe
+from .rows import fresh, keep_best, runs, unsafe
 
 WEIGHT_LIMIT = 1e4
 """Σ|α| beyond which the weights amplify rounding more than they help: take a plain step instead."""
@@ -66,13 +66,14 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int) -> Ander
     """
     batch, entries = x.shape
     history = min(history, max_steps)
-    ring = (history, batch, entries)
     wide = accumulate_dtype(x.dtype)
+    # In one piece, so that the allocator keeps it for the next solve instead of giving back fresh pages.
+    residuals, iterates = fresh((2, history, batch, entries), wide, x.device)
     return AndersonState(
         x=x,
         best=x.clone(),
-        residuals=x.new_empty(ring, dtype=wide),
-        iterates=x.new_empty(ring, dtype=wide),
+        residuals=residuals,
+        iterates=iterates,
         gram=torch.zeros((batch, history, history), dtype=torch.float64),
         dots=x.new_zeros((batch, 1, history + 1), dtype=wide),
         record=Record(batch, tol, torch.device("cpu")),

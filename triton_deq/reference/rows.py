@@ -1,5 +1,6 @@
 """What the references do with the rows of some samples only, and with sums near over- or underflow."""
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,11 @@ BLOCK = 1 << 19
 
 SAFE = (1e-30, 1e30)
 """Sums of float32 squares outside this range are taken again in float64."""
+
+LARGE = 1 << 22
+"""Bytes from which NumPy asks for huge pages."""
+
+CACHE_LINE = 64
 
 
 class HasBest(Protocol):
@@ -77,3 +83,17 @@ def unsafe(squares: NDArray[np.float64], record: Record) -> NDArray[np.intp]:
         return np.empty(0, dtype=np.intp)
     safe = ((squares > SAFE[0]) & (squares < SAFE[1])).all(axis=1)
     return np.flatnonzero((record.status.numpy() == RUNNING) & ~safe)
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a buffer, with whatever is in it.
+
+    A large one on the host is NumPy's, which asks for huge pages: the faults of small ones cost more than the
+    first pass over the ring of a solver. It begins where a cache line does, as PyTorch's own memory.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = np.empty(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)

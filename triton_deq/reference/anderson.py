@@ -12,20 +12,39 @@ convergence nor depends on the units of z.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .record import Record, accumulate_dtype
-from .rows import fresh, keep_best, runs, unsafe
+from .record import COUNT, Record, accumulate_dtype
+from .rows import first, fresh, keep_best, part, runs, unsafe
 
 WEIGHT_LIMIT = 1e4
 """Σ|α| beyond which the weights amplify rounding more than they help: take a plain step instead."""
 
 LEAST_SQUARE = 1e-200
 """What ‖G_i‖² counts as at least, so that a residual of zero has a finite scale."""
+
+
+class Views(NamedTuple):
+    """Views of a state's buffers: making one costs as much as an operator on a small state.
+
+    residuals, iterates: `[B, N]`, each slot. residuals_of: `[B, N, m]`, each sample's ring; iterates_of:
+    `[B, m, N]`. dots: `[B, m+1]`. products, value_sq: `[B, 1, m]` and `[B]`, its parts. gram: in NumPy.
+    """
+
+    residuals: tuple[Tensor, ...]
+    residuals_of: Tensor
+    iterates: tuple[Tensor, ...]
+    iterates_of: Tensor
+    dots: Tensor
+    products: Tensor
+    value_sq: Tensor
+    gram: NDArray[np.float64]
 
 
 @dataclass
@@ -58,6 +77,20 @@ class AndersonState:
     def history(self) -> int:
         return self.residuals.shape[0]
 
+    @cached_property
+    def views(self) -> Views:
+        """For the reference, which gives a state no other buffers but x and best."""
+        return Views(
+            residuals=self.residuals.unbind(),
+            residuals_of=self.residuals.permute(1, 2, 0),
+            iterates=self.iterates.unbind(),
+            iterates_of=self.iterates.transpose(0, 1),
+            dots=self.dots[:, 0],
+            products=self.dots[:, :, : self.history],
+            value_sq=self.dots[:, 0, self.history],
+            gram=self.gram.numpy(),
+        )
+
 
 def anderson_start(x: Tensor, history: int, tol: float, max_steps: int) -> AndersonState:
     """The state before the first step from `x` `[B, N]`, contiguous, which becomes the state's own.
@@ -88,20 +121,21 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
 
     fx: `[B, N]`, f at `state.x`.
     """
-    wide = state.residuals.dtype
-    history, slot, filled = state.history, step % state.history, min(step + 1, state.history)
-    x, fx = state.x.to(wide), fx.to(wide)
+    wide, history, views = state.residuals.dtype, state.history, state.views
+    slot, filled = step % history, min(step + 1, history)
+    residual, iterate = views.residuals[slot], views.iterates[slot]
+    x, fx = (tensor if tensor.dtype == wide else tensor.to(wide) for tensor in (state.x, fx))
 
-    residual = torch.sub(fx, x, out=state.residuals[slot])
-    if mixing == 1:
-        if fx.data_ptr() != state.iterates[slot].data_ptr():  # else f has left it there
-            state.iterates[slot].copy_(fx)
-    else:
-        torch.lerp(x, fx, mixing, out=state.iterates[slot])
+    torch.sub(fx, x, out=residual)
+    if mixing != 1:
+        torch.lerp(x, fx, mixing, out=iterate)
+    elif fx.data_ptr() != iterate.data_ptr():  # else f has left it there
+        iterate.copy_(fx)
 
-    row = torch.bmm(residual[:, None, :], state.residuals[:filled].permute(1, 2, 0))
-    state.dots[:, :, :filled] = row
-    torch.linalg.vector_norm(fx, dim=1, out=state.dots[:, 0, history]).square_()
+    # A row times a matrix, since PyTorch takes longer for a matrix times a column.
+    row = torch.bmm(residual[:, None], first(filled, views.residuals_of))
+    first(filled, views.products).copy_(row)
+    torch.linalg.vector_norm(fx, dim=1, out=views.value_sq).square_()
 
 
 def anderson_advance(
@@ -119,11 +153,12 @@ def anderson_advance(
     `last` says that no evaluation of f follows, so there is no next iterate to compute.
     Returns how many samples go on.
     """
-    history, slot, record = state.history, step % state.history, state.record
+    history, slot, record, views = state.history, step % state.history, state.record, state.views
     filled = min(step + 1, history)
-    dots = state.dots[:, 0].cpu().numpy().astype(np.float64)  # the one read of the device in a step
+    sums = views.dots.cpu().numpy()  # the one read of the device in a step
+    dots = sums.astype(np.float64)
     _sum_again(state, dots, slot, filled)
-    row, gram = dots[:, :history], state.gram.numpy()
+    row, gram = dots[:, :history], views.gram
     gram[:, slot, :] = row
     gram[:, :, slot] = row
 
@@ -133,19 +168,19 @@ def anderson_advance(
     if last or going == 0:
         return going
 
-    count = np.minimum(record.count.numpy() + 1, history)
-    valid = _valid_slots(count, slot, filled) if (moving & (count < filled)).any() else None
+    used = record.rows[COUNT]
+    count = np.minimum(used + 1, history)
+    valid = _valid_slots(count, slot, filled) if np.count_nonzero(moving & (count < filled)) else None
     weights, mixed = _host_weights(gram[:, :filled, :filled], valid, slot, ridge, relative_ridge)
-    np.copyto(record.count.numpy(), np.where(mixed, count, 1), where=moving)
+    np.copyto(used, np.where(mixed, count, 1), where=moving)
 
-    alpha = torch.from_numpy(weights[:, None, :]).to(state.iterates)
-    ring = state.iterates[:filled].transpose(0, 1)
+    ring = first(filled, views.iterates_of, dim=1)
+    alpha = torch.from_numpy(weights[:, None].astype(sums.dtype)).to(ring.device)
+    target = state.x if state.x.dtype == ring.dtype else state.spare
     for rows in runs(moving):
-        if state.x.dtype == ring.dtype:
-            torch.bmm(alpha[rows], ring[rows], out=state.x[rows, None, :])
-        else:
-            torch.bmm(alpha[rows], ring[rows], out=state.spare[rows, None, :])
-            state.x[rows] = state.spare[rows]
+        torch.bmm(part(alpha, rows), part(ring, rows), out=part(target, rows)[:, None])
+        if target is not state.x:
+            state.x[rows] = target[rows]
     return going
 
 
@@ -188,7 +223,7 @@ def _host_weights(
         total = weights.sum(axis=1, keepdims=True)  # 1 / min αᵀ G α, so positive
         weights /= total
         mixed = (total[:, 0] > 0) & (np.abs(weights).sum(axis=1) <= WEIGHT_LIMIT)  # false for NaN too
-    if not mixed.all():
+    if np.count_nonzero(mixed) < len(mixed):
         weights[~mixed] = np.arange(size) == slot
     return weights, mixed
 

@@ -1,5 +1,7 @@
 """What a solver knows of each sample: the decisions that every solver takes alike."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,10 +49,16 @@ class Record:
         # tol = 0 means "take every step", also past a residual that is exactly zero.
         self.tolerance.fill_(tol if tol > 0 else -1.0)
 
+    @cached_property
+    def rows(self) -> tuple[NDArray[np.float64], ...]:
+        """The rows of `data` as NumPy arrays; `data` must be on the host."""
+        return tuple(self.data.numpy())
+
     @property
     def running(self) -> NDArray[np.bool_]:
         """`[B]`: which samples have not stopped; `data` must be on the host."""
-        return self.status.numpy() == RUNNING
+        # Comparing with an enum would cost more than the comparison.
+        return self.rows[STATUS] == float(RUNNING)
 
     def on_host(self) -> "Record":
         """This record, or a copy of it on the host."""
@@ -87,8 +95,8 @@ class Record:
         Returns two masks `[B]`: `improved`, the samples whose present iterate is their best, and `moving`,
         those that go on to another iterate.
         """
-        status, _, held, best, limit, tolerance, steps = self.data.numpy()
-        running = status == float(RUNNING)  # comparing with an enum would cost more than the comparison
+        status, _, held, best, limit, tolerance, steps = self.rows
+        running = self.running
         counted = running & np.isfinite(residual_sq) & np.isfinite(value_sq)
         if over_batch:  # one norm for all; a sample that is not finite must not spoil it
             residual_sq = np.broadcast_to(residual_sq[counted].sum(), counted.shape)

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..status import RUNNING
 from .record import Record
 
 SLICE = 4096
@@ -19,6 +18,9 @@ BLOCK = 1 << 19
 
 SAFE = (1e-30, 1e30)
 """Sums of float32 squares outside this range are taken again in float64."""
+
+EVERY = slice(None)
+"""What `runs` gives for all samples."""
 
 LARGE = 1 << 22
 """Bytes from which NumPy asks for huge pages."""
@@ -35,7 +37,7 @@ class HasBest(Protocol):
 
 def keep_best(state: HasBest, improved: NDArray[np.bool_], moving: NDArray[np.bool_]) -> None:
     """`best[improved] = x[improved]`, leaving x as it is where a sample does not go on."""
-    if improved.all():  # the two buffers change roles, so that nothing is copied
+    if np.count_nonzero(improved) == len(improved):  # the two buffers change roles, so that nothing is copied
         state.x, state.best = state.best, state.x
         for rows in runs(~moving):
             state.x[rows] = state.best[rows]
@@ -57,11 +59,21 @@ def runs(mask: NDArray[np.bool_]) -> list[slice]:
     """The samples of a mask as slices, so that what is left out is neither read nor written."""
     chosen = np.count_nonzero(mask)  # a third of the cost of mask.all()
     if chosen == len(mask):
-        return [slice(None)]
+        return [EVERY]
     if chosen == 0:
         return []
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [slice(*pair) for pair in edges.reshape(-1, 2).tolist()]
+
+
+def part(tensor: Tensor, rows: slice) -> Tensor:
+    """`tensor[rows]`, but no view of all of it, which would cost as much as an operator on a small state."""
+    return tensor if rows is EVERY else tensor[rows]
+
+
+def first(slots: int, tensor: Tensor, dim: int = 2) -> Tensor:
+    """The first slots along a dimension, likewise."""
+    return tensor if slots == tensor.shape[dim] else tensor.narrow(dim, 0, slots)
 
 
 def block_size(batch: int, entries: int) -> int:
@@ -79,10 +91,10 @@ def blocks(mask: NDArray[np.bool_], size: int) -> list[slice]:
 
 def unsafe(squares: NDArray[np.float64], record: Record) -> NDArray[np.intp]:
     """The running samples of which a float32 sum of squares, of `[B, ...]`, is near a limit of float32."""
-    if squares.min() > SAFE[0] and squares.max() < SAFE[1]:
+    if np.minimum.reduce(squares, axis=None) > SAFE[0] and np.maximum.reduce(squares, axis=None) < SAFE[1]:
         return np.empty(0, dtype=np.intp)
     safe = ((squares > SAFE[0]) & (squares < SAFE[1])).all(axis=1)
-    return np.flatnonzero((record.status.numpy() == RUNNING) & ~safe)
+    return np.flatnonzero(record.running & ~safe)
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

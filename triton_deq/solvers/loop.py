@@ -303,11 +303,15 @@ class Layout:
         self._back = sorted(range(z.dim()), key=self._order.__getitem__)
 
     def rows(self, z: Tensor) -> Tensor:
-        """`[B, N]`; a view where z has this layout already."""
+        """`[B, N]`; a view where z has this layout already, or z itself."""
+        if z.dim() == 2:
+            return z
         return z.permute(self._order).reshape(z.shape[0], -1)
 
     def unrows(self, rows: Tensor) -> Tensor:
         """The state again, as a view; also of fewer samples."""
+        if len(self._shape) == 2:
+            return rows.view(rows.shape)
         return rows.view(-1, *self._shape[1:]).permute(self._back)
 
 

@@ -118,6 +118,205 @@ def test_norm_takes_an_f_that_torch_func_cannot():
     assert layer.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("given", ["f", "value"])
+def test_norm_of_each_sample(given):
+    """In the mean that of each sample's own Jacobian; their mean is what reduction="mean" gives."""
+    f, *_ = tanh_map(3, 6)
+    z = (torch.arange(1.0, 4)[:, None] * torch.randn(3, 6)).double().requires_grad_()
+    wanted = full_jacobians(f, z).square().sum((1, 2)) / 6
+
+    def estimate(probes, reduction):
+        generator = torch.Generator().manual_seed(1)
+        if given == "f":
+            return td.jacobian_norm(f, z, probes, "rademacher", generator, "reference", reduction)
+        return td.jacobian_norm_of(f(z), z, probes, "rademacher", generator, "reference", reduction)
+
+    with torch.no_grad() if given == "f" else torch.enable_grad():
+        samples = estimate(1000, "none")
+    assert samples.shape == (3,)
+    torch.testing.assert_close(samples, wanted, rtol=0.05, atol=0, check_dtype=False)
+    torch.testing.assert_close(estimate(4, "none").mean(), estimate(4, "mean"))
+
+
+def test_norm_of_each_sample_with_the_closed_form():
+    cell = td.MLPCell(5, 3).double()
+    z, u = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    found = [
+        td.jacobian_norm(f, z, 3, generator=torch.Generator().manual_seed(2), reduction="none")
+        for f in (Closed(cell, u), lambda z: cell(z, u))
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_norm_of_an_empty_batch():
+    z = torch.zeros(0, 3, requires_grad=True)
+    for value in (
+        td.jacobian_norm(torch.tanh, z, 2, reduction="none"),
+        td.jacobian_norm_of(torch.tanh(z), z, 2, reduction="none"),
+    ):
+        assert value.shape == (0,)
+    assert td.jacobian_norm_of(torch.tanh(z), z).item() == 0
+    assert td.jacobian_norm(torch.tanh, torch.zeros(2, 0), reduction="none").tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_norm_of_a_value_is_that_of_f(distribution, backend, device):
+    f, weight, bias = tanh_map(2, 5, device=device)
+    z = torch.randn(2, 5, dtype=torch.float64, device=device, requires_grad=True)
+    found = []
+    for estimate, first in ((td.jacobian_norm, f), (td.jacobian_norm_of, f(z))):
+        generator = torch.Generator().manual_seed(7)
+        norm = estimate(first, z, 3, distribution, generator, backend)
+        found.append((norm, *torch.autograd.grad(norm, (z, weight, bias), retain_graph=True)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_norm_of_a_value_leaves_the_graph_to_the_task():
+    """As in the authors' code: one evaluation of f serves the loss and the penalty."""
+    f, weight, _ = tanh_map(2, 5)
+    z = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    value = f(z)
+    (value.square().sum() + td.jacobian_norm_of(value, z, 2)).backward()
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not td.jacobian_norm_of(f_with_graph(f, z), z).requires_grad
+
+
+def f_with_graph(f, z):
+    with torch.enable_grad():
+        return f(z)
+
+
+Z = torch.zeros(2, 3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: td.jacobian_norm(torch.tanh, Z, 0), ValueError, "probes=0 is too small"),
+        (lambda: td.jacobian_norm(torch.tanh, Z, True), TypeError, "probes=True must be an int"),
+        (lambda: td.jacobian_norm(torch.tanh, Z, 1, "cauchy"), ValueError, "'cauchy'.*'gaussian'"),
+        (lambda: td.jacobian_norm(torch.tanh, Z, generator=3), TypeError, "generator must be"),
+        (
+            lambda: td.jacobian_norm(torch.tanh, Z, reduction="sum"),
+            ValueError,
+            "reduction='sum' is unknown: choose one of 'mean', 'none'",
+        ),
+        (
+            lambda: td.jacobian_norm(torch.tanh, torch.zeros(2, 3).long()),
+            TypeError,
+            "z has dtype torch.int64",
+        ),
+        (lambda: td.jacobian_norm(lambda z: z.long(), Z), TypeError, r"f\(z\) has dtype torch.int64"),
+        (lambda: td.jacobian_norm(lambda z: z[:1], Z), ValueError, r"f\(z\) has shape \(1, 3\)"),
+        (lambda: td.spectral_radius(lambda z: z[:1], Z), ValueError, r"f\(z\) has shape \(1, 3\)"),
+        (lambda: td.jacobian_norm_of(Z.tanh(), Z, 0), ValueError, "probes=0 is too small"),
+        (lambda: td.jacobian_norm_of(Z.tanh(), Z, reduction=None), ValueError, "reduction=None is unknown"),
+        (lambda: td.jacobian_norm_of(Z[:1], Z), ValueError, r"value has shape \(1, 3\)"),
+        (lambda: td.jacobian_norm_of(torch.tanh, Z), TypeError, "value must be a tensor"),
+        (
+            lambda: td.jacobian_norm_of(Z.detach().tanh(), Z.detach()),
+            ValueError,
+            r"z\.requires_grad=False.*z = z\.detach\(\)\.requires_grad_\(\)",
+        ),
+        (
+            lambda: td.jacobian_norm_of(Z.tanh().detach(), Z),
+            ValueError,
+            r"value\.requires_grad=False.*with gradients enabled",
+        ),
+        (
+            lambda: td.jacobian_norm_of(Z.clone().tanh(), Z.clone()),
+            ValueError,
+            "value does not depend on z.*the very z",
+        ),
+        (lambda: td.JacobianPenalty(-1.0), ValueError, r"weight=-1\.0 is outside \[0, ∞\)"),
+        (lambda: td.JacobianPenalty(1.0, 1.5), ValueError, r"probability=1\.5 is outside \[0, 1\]"),
+        (lambda: td.JacobianPenalty(1.0, -0.5), ValueError, r"probability=-0\.5 is outside \[0, 1\]"),
+        (lambda: td.JacobianPenalty(1.0, probes=0), ValueError, "probes=0 is too small"),
+        (lambda: td.JacobianPenalty(1.0, seed=-1), ValueError, "seed=-1 is too small"),
+    ],
+)
+def test_what_cannot_be_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def casts_itself(layer):
+    def f(z):
+        with torch.autocast("cpu", enabled=False):
+            return torch.tanh(layer(z.float()))
+
+    return f
+
+
+@pytest.mark.parametrize("given", ["f", "value"])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (lambda layer: lambda z: layer(torch.tanh(layer(z))), torch.bfloat16),
+        (lambda layer: lambda z: torch.tanh(layer(z)).to(z.dtype), torch.float32),
+        (casts_itself, torch.float32),
+    ],
+    ids=["bfloat16", "float32", "its own"],
+)
+def test_norm_under_autocast(make, dtype, given):
+    """Close to the float32 one, and a state of float32 gets its gradient in float32."""
+    layer = nn.Linear(32, 32)
+    f = make(layer)
+    start = torch.randn(16, 32)
+    found = []
+    for enabled in (False, True):
+        z = start.clone().requires_grad_()
+        generator = torch.Generator().manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with torch.no_grad():
+                value = f(z)  # as a solve does before: the casts it leaves in autocast's cache
+            assert value.dtype == (dtype if enabled else torch.float32)
+            if given == "f":
+                norm = td.jacobian_norm(f, z, 4, "rademacher", generator)
+            else:
+                norm = td.jacobian_norm_of(f(z), z, 4, "rademacher", generator)
+        assert norm.dtype == torch.float32
+        norm.backward()
+        assert z.grad.dtype == torch.float32
+        found.append((norm.detach(), z.grad, layer.weight.grad))
+        layer.zero_grad()
+    for exact, mixed in zip(*found, strict=True):
+        assert (mixed - exact).norm() < 0.03 * exact.norm()
+
+
+def test_spectral_radius_under_autocast():
+    layer, z = nn.Linear(8, 8), torch.randn(4, 8)
+    wanted = td.spectral_radius(layer, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = td.spectral_radius(layer, z)
+    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0)
+
+
+class Closed:
+    """The cell's f with its closed-form product."""
+
+    def __init__(self, cell, u):
+        self.cell, self.u = cell, u
+
+    def __call__(self, z):
+        return self.cell(z, self.u)
+
+    def vjp(self, z):
+        return self.cell.vjp(z, self.u)
+
+
+def test_spectral_radius_with_the_closed_form(monkeypatch):
+    cell = td.MLPCell(6, 3).double()
+    z, u = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    wanted = td.spectral_radius(lambda z: cell(z, u), z)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    torch.testing.assert_close(td.spectral_radius(Closed(cell, u), z), wanted)
+    with pytest.raises(TypeError):  # the engine is indeed out of reach
+        td.spectral_radius(lambda z: cell(z, u), z)
+
+
 @pytest.mark.parametrize("entries", [1, 2, 7, 30, 80])
 def test_spectral_radius(entries):
     f, *_ = tanh_map(3, entries, gain=1.5)
@@ -163,6 +362,38 @@ def test_penalty_fires_with_its_probability_and_repeats_from_its_state():
     for again in (td.JacobianPenalty(2.0, probability=0.3), pickle.loads(pickle.dumps(penalty))):
         again.load_state_dict(saved)
         assert [again(f, z, "reference").item() > 0 for _ in range(50)] == following
+
+
+def test_ranks_draw_alike_whatever_their_global_generators():
+    """τ is the same on every rank; the probes are each rank's own, and repeat from its global seed."""
+    f, *_ = tanh_map(4, 3)
+    z = torch.randn(4, 3, dtype=torch.float64)
+
+    def rank(global_seed):
+        torch.manual_seed(global_seed)
+        penalty = td.JacobianPenalty(1.0, probability=0.5, seed=3)
+        return [penalty(f, z, "reference").item() for _ in range(40)]
+
+    first, second = rank(10), rank(11)
+    fired = [value > 0 for value in first]
+    assert fired == [value > 0 for value in second]
+    assert 5 < sum(fired) < 35
+    assert all(a != b for a, b, fires in zip(first, second, fired, strict=True) if fires)
+    assert rank(10) == first
+
+
+def test_a_draw_ahead_is_the_next_calls_and_is_saved():
+    f, z = (lambda z: 0.5 * z), torch.ones(4, 3, dtype=torch.float64)
+    ahead, plain = (td.JacobianPenalty(2.0, 0.5, distribution="rademacher", growth=0.5) for _ in range(2))
+    for _ in range(20):
+        fires = ahead.draw()
+        restored = td.JacobianPenalty(2.0, 0.5, distribution="rademacher", growth=0.5)
+        restored.load_state_dict(copy.deepcopy(ahead.state_dict()))
+        wanted = plain(f, z, "reference").item()
+        assert fires == (wanted > 0)
+        for penalty in (ahead, restored):
+            assert penalty(f, z, "reference").item() == wanted
+            assert (penalty.calls, penalty.fired) == (plain.calls, plain.fired)
 
 
 def test_penalty_is_weight_times_norm():

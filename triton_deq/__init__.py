@@ -6,7 +6,7 @@
 from .cells import Activation, MLPCell
 from .deq import DEQ, DEQOutput
 from .gradients import ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
-from .jacobian import JacobianPenalty, jacobian_norm, spectral_radius
+from .jacobian import JacobianPenalty, jacobian_norm, jacobian_norm_of, spectral_radius
 from .solvers import Anderson, Broyden, NotConverged, Picard, Solution, solve
 from .status import Status
 
@@ -29,6 +29,7 @@ __all__ = [
     "UnrolledGradient",
     "fixed_point",
     "jacobian_norm",
+    "jacobian_norm_of",
     "solve",
     "spectral_radius",
 ]

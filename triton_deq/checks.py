@@ -21,24 +21,48 @@ def check_state(name: str, z: Any) -> None:
         raise ValueError(f"{name} is a scalar: a state needs a batch dimension; pass {name}.reshape(1, 1)")
 
 
-def check_value(value: Any, z: Tensor) -> None:
-    """f(z) must look like z."""
+def check_value(value: Any, z: Tensor, *, same_dtype: bool = True, name: str = "f(z)") -> None:
+    """f(z) must look like z; without `same_dtype` it may have another floating dtype, as under autocast."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"f(z) must be a tensor like z, got {type(value).__name__}: return the next state only"
+            f"{name} must be a tensor like z, got {type(value).__name__}: return the next state only"
         )
     if value.shape != z.shape:
         raise ValueError(
-            f"f(z) has shape {tuple(value.shape)}, z has {tuple(z.shape)}: a fixed point needs them equal; "
+            f"{name} has shape {tuple(value.shape)}, z has {tuple(z.shape)}: a fixed point needs them equal; "
             "check f, or the shape of z0"
         )
-    if value.dtype != z.dtype:
+    if not (value.dtype == z.dtype if same_dtype else value.is_floating_point()):
         raise TypeError(
-            f"f(z) has dtype {value.dtype}, z has {z.dtype}: cast one of them (under autocast, let f end in "
-            ".to(z.dtype))"
+            f"{name} has dtype {value.dtype}, z has {z.dtype}: cast one of them (under autocast, let f end "
+            "in .to(z.dtype))"
         )
     if value.device != z.device:
-        raise ValueError(f"f(z) is on {value.device}, z on {z.device}: move z0, or f's parameters")
+        raise ValueError(f"{name} is on {value.device}, z on {z.device}: move z0, or f's parameters")
+
+
+def check_graph(value: Tensor, z: Tensor) -> None:
+    """A value that is to be differentiated by z has a graph."""
+    if not z.requires_grad:
+        raise ValueError(
+            "z.requires_grad=False, so no graph leads from value to z: take z = z.detach().requires_grad_(), "
+            "compute value = f(z) from that, or call jacobian_norm(f, z), which takes any z"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            "value.requires_grad=False: it was detached, computed under torch.no_grad(), or does not depend "
+            "on z; compute value = f(z) with gradients enabled"
+        )
+
+
+def check_reached(product: Tensor | None) -> Tensor:
+    """A vector-Jacobian product of a value that was computed from z."""
+    if product is None:
+        raise ValueError(
+            "value does not depend on z: it was computed from another tensor (z.detach() and z.clone() are "
+            "others); pass the very z that f was called with"
+        )
+    return product
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """What the Jacobian of f at a state is like: its norm, its spectral radius, and a penalty on the norm."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as backends
-from .checks import check_choice, check_count, check_generator, check_number, check_state, check_value
+from .checks import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_graph,
+    check_number,
+    check_reached,
+    check_state,
+    check_value,
+)
 from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
 from .reference.record import accumulate_dtype
 
 Function = Callable[[Tensor], Tensor]
+
+
+REDUCTIONS = ("mean", "none")
 
 
 def jacobian_norm(
@@ -21,49 +34,113 @@ def jacobian_norm(
     distribution: str = "gaussian",
     generator: torch.Generator | None = None,
     backend: str = "auto",
+    reduction: str = "mean",
 ) -> Tensor:
     """Estimate `‖∂f/∂z‖_F²` of each sample, divided by its number of entries; the mean over the batch.
 
-    `1/(M·B·N) Σ_m Σ_b ‖ε_mbᵀ J_b‖²`, unbiased for independent ε of mean 0 and variance 1 (Hutchinson; Bai et
-    al., arXiv 2106.14342, eq. 6). It costs `probes` vector-Jacobian products. Differentiable in z and in
-    what f closes over.
+    `1/(M·B·N) Σ_m Σ_b ‖ε_mbᵀ J_b‖²`, unbiased for independent ε of mean 0 and variance 1 (Hutchinson; Bai,
+    Koltun & Kolter, arXiv 2106.14342, eq. 6). It costs `probes` vector-Jacobian products. Differentiable in z
+    and in what f closes over.
+
+    `torch.compile` takes it into one graph, its backward included, with new probes at every call. There
+    `torch.func.vjp` runs f, so f must not write into its buffers, as BatchNorm does in train mode.
 
     Args:
         f: from a state to a state; the samples of a batch must not depend on each other. If it has a method
-            `vjp(z)` that returns f(z) and the function `ε ↦ εᵀJ` for ε `[M, B, ...]`, both differentiable,
+            `vjp(z)` that returns f(z) and the function `ε ↦ εᵀJ` for ε `[..., B, ...]`, both differentiable,
             that is called instead of the autograd engine, and no double backward is needed.
-        z: `[B, ...]`, floating.
+        z: `[B, ...]`, floating. f(z) may have another floating dtype, as under autocast; the probes have
+            that of f(z), and the norms are summed in z's accumulation dtype.
         probes: M, how many random vectors.
         distribution: of their entries: "gaussian", or "rademacher" (±1), whose variance is lower.
         generator: where the seed comes from; by default the global generator of z's device. One seed is
             drawn per call, and the probes are made from it.
         backend: "auto", "triton" or "reference".
+        reduction: "mean", or "none" for each sample's own estimate `1/(M·N) Σ_m ‖ε_mbᵀ J_b‖²`.
 
     Returns:
-        A scalar in the accumulation dtype, float32 or float64; 0 for an empty batch.
+        A scalar, or `[B]`, in the accumulation dtype, float32 or float64; 0 for an empty batch.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
+    name = _check_estimate(z, probes, distribution, generator, backend, reduction)
+    seed = draw_seed(z.device, generator)
+    closed = closed_vjp(f)
+    value, pullback = vjp(f, z) if closed is None else closed(z)
+    check_value(value, z, same_dtype=False)
+    vectors = [probe(value, seed, index, distribution, name) for index in range(probes)]
+    if closed is None:
+        norms = torch.stack([squared_norm(pullback(vector), name) for vector in vectors])
+    else:  # All probes at once; one alone need not be copied.
+        products = pullback(torch.stack(vectors) if probes > 1 else vectors[0][None])
+        norms = squared_norm(products.flatten(0, 1), name).view(probes, z.shape[0])
+    return _reduce(norms, z, reduction)
+
+
+def jacobian_norm_of(
+    value: Tensor,
+    z: Tensor,
+    probes: int = 1,
+    distribution: str = "gaussian",
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    reduction: str = "mean",
+) -> Tensor:
+    """`jacobian_norm(f, z)` for code that has `value = f(z)` already: f is not evaluated again.
+
+    The same number for the same seed, and what `jac_loss_estimate(value, z, vecs=probes)` of the authors'
+    code estimates (arXiv 2106.14342, eq. 6). It always goes through the autograd engine's double backward,
+    which `torch.compile` cannot put into one graph: inside a compiled function call `jacobian_norm`.
+
+    Args:
+        value: f(z), `[B, ...]`, floating, with its graph.
+        z: `[B, ...]`, floating, of requires_grad=True when value was computed from it.
+        probes, distribution, generator, backend, reduction: as in `jacobian_norm`.
+
+    Returns:
+        As `jacobian_norm`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, a z that needs no gradient or a value without a
+            graph that leads to z, named with the remedy.
+        RuntimeError: in a graph of `torch.compile`.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "jacobian_norm_of needs a double backward, which torch.compile cannot put into one graph: call "
+            "jacobian_norm(f, z) there, or jacobian_norm_of outside of the compiled function"
+        )
+    name = _check_estimate(z, probes, distribution, generator, backend, reduction)
+    check_value(value, z, same_dtype=False, name="value")
+    check_graph(value, z)
+    seed = draw_seed(z.device, generator)
+    norms = []
+    for index in range(probes):
+        vector = probe(value, seed, index, distribution, name)
+        product = _engine_product(value, z, vector, create_graph=torch.is_grad_enabled())
+        norms.append(squared_norm(check_reached(product), name))
+    return _reduce(torch.stack(norms), z, reduction)
+
+
+def _check_estimate(
+    z: Any, probes: Any, distribution: Any, generator: Any, backend: str, reduction: Any
+) -> str:
+    """Check what every estimate is asked with; the backend that serves it."""
     check_state("z", z)
     check_count("probes", probes)
     check_choice("distribution", distribution, DISTRIBUTIONS)
     check_generator(generator)
-    name, _ = backends.choose(z, backend)
-    seed = draw_seed(z.device, generator)
+    check_choice("reduction", reduction, REDUCTIONS)
+    return backends.choose(z, backend)[0]
 
-    closed = closed_vjp(f)
-    value, pullback = vjp(f, z) if closed is None else closed(z)
-    check_value(value, z)
-    if z.numel() == 0:
-        return squared_norm(value, name).sum()
-    vectors = (probe(value, seed, index, distribution, name) for index in range(probes))
-    if closed is None:
-        norms = [squared_norm(pullback(vector), name).sum() for vector in vectors]
-        return torch.stack(norms).sum() / (probes * z.numel())
-    # All probes at once; one alone need not be copied.
-    products = pullback(torch.stack(list(vectors)) if probes > 1 else next(vectors)[None])
-    return squared_norm(products.flatten(0, 1), name).sum() / (probes * z.numel())
+
+def _reduce(norms: Tensor, z: Tensor, reduction: str) -> Tensor:
+    """From `‖ε_mbᵀ J_b‖²`, `[M, B]`, to the estimate."""
+    probes = norms.shape[0]
+    if reduction == "none":
+        return norms.sum(0) / (probes * max(math.prod(z.shape[1:]), 1))
+    return norms.sum() / (probes * max(z.numel(), 1))
 
 
 def closed_vjp(f: Any) -> Callable[[Tensor], tuple[Tensor, Function]] | None:
@@ -80,7 +157,7 @@ def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
     """
     if torch.compiler.is_compiling():
         value, transposed = torch.func.vjp(f, z)[:2]
-        check_value(value, z)
+        check_value(value, z, same_dtype=False)
         return value, lambda vector: transposed(vector)[0]
     if torch.is_grad_enabled():
         z = z if z.requires_grad else z.detach().requires_grad_()
@@ -91,17 +168,20 @@ def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
 
 def _engine_vjp(f: Function, z: Tensor, create_graph: bool) -> tuple[Tensor, Function]:
     value = f(z)
-    check_value(value, z)
+    check_value(value, z, same_dtype=False)
 
     def pullback(vector: Tensor) -> Tensor:
-        if not value.requires_grad:
-            return torch.zeros_like(z)  # f does not depend on z
-        (product,) = torch.autograd.grad(
-            value, z, vector, create_graph=create_graph, retain_graph=True, materialize_grads=True
-        )
-        return product
+        product = _engine_product(value, z, vector, create_graph) if value.requires_grad else None
+        return torch.zeros_like(z) if product is None else product  # None: f does not depend on z
 
     return value, pullback
+
+
+def _engine_product(value: Tensor, z: Tensor, vector: Tensor, create_graph: bool) -> Tensor | None:
+    """`εᵀ ∂value/∂z`; None where no graph leads from value to z."""
+    return torch.autograd.grad(
+        value, z, vector, create_graph=create_graph, retain_graph=True, allow_unused=True
+    )[0]
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -120,7 +200,8 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     modulus. Each cycle starts from the sum of the Ritz vectors that belong to the largest one.
 
     Args:
-        f: from a state to a state; the samples of a batch must not depend on each other.
+        f: from a state to a state; the samples of a batch must not depend on each other. Its `vjp` is used
+            as in `jacobian_norm`, if it has one.
         z: `[B, ...]`, floating.
         steps: the number of vector-Jacobian products, at least 1.
 
@@ -136,11 +217,12 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     wide = accumulate_dtype(z.dtype)
     if z.numel() == 0:
         return torch.zeros(batch, dtype=wide, device=z.device)
-    with torch.enable_grad():
-        _, pullback = _engine_vjp(f, z.detach().requires_grad_(), create_graph=False)
+    closed = closed_vjp(f)
+    value, pullback = vjp(f, z) if closed is None else closed(z)
+    check_value(value, z, same_dtype=False)
 
     def transposed(rows: Tensor) -> Tensor:
-        return pullback(rows.to(z.dtype).view(z.shape)).reshape(batch, entries).to(wide)
+        return pullback(rows.to(value.dtype).view(z.shape)).reshape(batch, entries).to(wide)
 
     # A fixed start, so that the same question has the same answer.
     seed = torch.zeros(1, dtype=torch.int64, device=z.device)
@@ -194,6 +276,12 @@ class JacobianPenalty(nn.Module):
 
     The draws come from a seeded generator of their own, so that every data-parallel rank draws the same. Its
     state and the counts are part of `state_dict`. A call is a training step.
+
+    A graph of `torch.compile` cannot hold such a draw. Where the penalty is called inside a compiled
+    function, call `draw()` before each call of that function: one call of the penalty uses up one draw, and
+    without any it raises under `fullgraph=True` and breaks the graph otherwise. The function is compiled
+    twice, with the estimate and without, so that a step with τ = 0 costs nothing there either; a γ that
+    changes is an input of the graph and compiles nothing anew.
 
     Args:
         weight: γ ≥ 0. The paper uses 0.5 (CIFAR-10) to 2.5 (WikiText-103) and 3 (ImageNet).
@@ -252,6 +340,9 @@ class JacobianPenalty(nn.Module):
         self.calls = 0
         self.fired = 0
         self._draws = torch.Generator().manual_seed(seed)
+        self._drawn: bool | None = None  # τ of the next call, where it is known already
+        # γ of the last draw. A tensor, because a compiled graph would hold a Python number as a constant.
+        self._scale = torch.zeros((), dtype=torch.float64)
 
     @property
     def present_weight(self) -> float:
@@ -262,15 +353,39 @@ class JacobianPenalty(nn.Module):
             return self.pretraining_weight
         return self.weight + self.growth * (self.calls // self.growth_interval)
 
-    def forward(self, f: Function, z: Tensor, backend: str = "auto") -> Tensor:
-        """A scalar to add to the loss; zero where τ is 0. Gradients reach what f closes over, and z."""
+    def draw(self) -> bool:
+        """Draw τ for the next call ahead of it, as `torch.compile` needs; whether that call will fire.
+
+        A second draw before a call takes the place of the first, which was counted.
+        """
         weight = self.present_weight
-        fires = torch.rand((), generator=self._draws).item() < self.probability and weight > 0
+        self._drawn = torch.rand((), generator=self._draws).item() < self.probability and weight > 0
+        self._scale.fill_(weight)
         self.calls += 1
-        self.fired += fires
+        self.fired += self._drawn
+        return self._drawn
+
+    def forward(self, f: Function, z: Tensor, backend: str = "auto") -> Tensor:
+        """A scalar to add to the loss; zero where τ is 0. Gradients reach what f closes over, and z.
+
+        Args:
+            f, z, backend: as in `jacobian_norm`.
+
+        Raises:
+            As `jacobian_norm`; RuntimeError in a graph of `torch.compile` without a `draw()` before it.
+        """
+        if self._drawn is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "a JacobianPenalty inside a compiled function has no draw: call penalty.draw() before "
+                    "each call of that function"
+                )
+            self.draw()
+        fires, self._drawn = self._drawn, None
         if not fires:
             return z.new_zeros((), dtype=accumulate_dtype(z.dtype))
-        return weight * jacobian_norm(f, z, self.probes, self.distribution, backend=backend)
+        norm = jacobian_norm(f, z, self.probes, self.distribution, backend=backend)
+        return self._scale.to(norm.dtype) * norm
 
     def extra_repr(self) -> str:
         return (
@@ -279,11 +394,19 @@ class JacobianPenalty(nn.Module):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"draws": self._draws.get_state(), "calls": self.calls, "fired": self.fired}
+        return {
+            "draws": self._draws.get_state(),
+            "calls": self.calls,
+            "fired": self.fired,
+            "drawn": self._drawn,
+            "scale": self._scale.item(),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._draws.set_state(state["draws"].cpu())
         self.calls, self.fired = state["calls"], state["fired"]
+        self._drawn = state["drawn"]
+        self._scale.fill_(state["scale"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draws": self._draws.get_state()}  # a Generator cannot be pickled

@@ -17,7 +17,7 @@ demo: $(STAMP) ## See the library accelerate, stabilise and verify a DEQ
 	@$(BIN)/triton-deq demo $(ARGS)
 
 test: $(STAMP) ## Run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@$(BIN)/ruff check .

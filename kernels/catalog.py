@@ -417,6 +417,77 @@ def _mlp_vjp(dtype: str, batch: int, width: int, note: str = "") -> Entry:
     )
 
 
+def _mlp_probe(
+    dtype: str, batch: int, width: int, note: str, *, probes: int = 1, gaussian: bool = True
+) -> Entry:
+    return _mlp_estimate(
+        "mlp_probe",
+        dtype,
+        batch,
+        width,
+        note,
+        ("z_ptr", "weight_ptr", "injection_ptr", "vectors_ptr", "curvature_ptr"),
+        {"ACTIVATION": "tanh", "PROBES": probes, "GAUSSIAN": gaussian},
+        lambda entry, batch, width: ((3 + probes) * batch + width) * width * BYTES[entry.dtype],
+    )
+
+
+def _mlp_probe_vjp(
+    dtype: str, batch: int, width: int, note: str, *, probes: int = 1, gaussian: bool = True
+) -> Entry:
+    return _mlp_estimate(
+        "mlp_probe_vjp",
+        dtype,
+        batch,
+        width,
+        note,
+        ("products_ptr", "weight_ptr", "curvature_ptr", "out_ptr"),
+        {"PROBES": probes, "GAUSSIAN": gaussian},
+        lambda entry, batch, width: ((2 + probes) * batch + width) * width * BYTES[entry.dtype],
+    )
+
+
+def _mlp_estimate(
+    kernel: str,
+    dtype: str,
+    batch: int,
+    width: int,
+    note: str,
+    pointers: tuple[str, ...],
+    constants: dict[str, Any],
+    traffic: Callable[[Entry, int, int], int],
+) -> Entry:
+    """The kernels of the fused estimate: a product with probes in its epilogue."""
+    tiles = _tiles(dtype, batch, width)
+    probes = constants["PROBES"]
+    products = 1 if kernel == "mlp_probe" else probes
+    return Entry(
+        op="mlp",
+        name=_name(kernel, dtype, width, note),
+        kernel=getattr(mlp, f"{kernel}_kernel"),
+        shape=(batch, width),
+        arguments={
+            **dict.fromkeys(pointers, Pointer(dtype)),
+            "seed_ptr": Pointer("i64"),
+            "B": batch,
+            "N": width,
+            "K": width,
+            "quarter": -(-batch * width // 4),
+            **constants,
+            **_precision(dtype),
+            **{name: value for name, value in tiles.items() if name != "num_warps"},
+        },
+        contiguous=pointers,
+        traffic=traffic,
+        work=lambda entry, batch, width: (
+            {unit: products * count for unit, count in _mlp_work(entry, batch, width).items()}
+            | {"int32": 100 * probes * batch * width}
+        ),
+        budget=_mlp_budget(dtype, width),
+        options={"num_warps": tiles["num_warps"], "enable_fp_fusion": True},
+    )
+
+
 def _mlp_solve(
     dtype: str,
     width: int,
@@ -621,7 +692,10 @@ ENTRIES: tuple[Entry, ...] = (
     _mlp_vjp("fp32", 1024, 1024),
     _mlp_vjp("bf16", 4096, 2048),
     _mlp_vjp("fp16", 33, 1001, "odd D"),
-    _mlp_solve("fp32", 64),
+    _mlp_probe("fp32", 1024, 1024, "gaussian"),
+    _mlp_probe("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False),
+    _mlp_probe_vjp("fp32", 1024, 1024, "gaussian"),
+    _traded(_mlp_probe_vjp("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False)),
     _mlp_solve("fp32", 128, spilled=76),
     _mlp_solve("fp32", 128, "adjoint", 56, adjoint=True),
     _mlp_solve("fp32", 256, spilled=272),

@@ -224,3 +224,26 @@ def gaussian_pair(first, second):
 def sign(word):
     """±1 from the lowest bit of a 32-bit word."""
     return 1.0 - 2.0 * (word & 1).to(tl.float32)
+
+
+@triton.jit
+def probe_entries(seed, stream, entries, quarter, GAUSSIAN: tl.constexpr):
+    """Entries, by their numbers (int64), of probe `stream` of a seed; quarter: of its length, rounded up.
+
+    The same numbers as `probe_kernel` gives, which makes four entries of one counter.
+    """
+    lane = (
+        (entries >= quarter).to(tl.int32)
+        + (entries >= 2 * quarter).to(tl.int32)
+        + (entries >= 3 * quarter).to(tl.int32)
+    )
+    counter = entries - lane * quarter
+    low = counter.to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    index = tl.zeros_like(low) + stream.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, index, tl.zeros_like(low))
+    if GAUSSIAN:
+        along, across = gaussian_pair(tl.where(lane < 2, w0, w2), tl.where(lane < 2, w1, w3))
+        return tl.where((lane & 1) == 1, across, along)
+    else:
+        return sign(tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)))

@@ -8,6 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # other workers use the other cores, and threads that wait cost both
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

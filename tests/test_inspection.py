@@ -130,7 +130,15 @@ def call_op(entry: Entry, device: str) -> None:
     elif entry.op == "mlp":
         width, like = entry.shape[1], state_like
         weight = like.new_zeros(width, width)
-        if kernel == "mlp_vjp":
+        distribution = "gaussian" if values.get("GAUSSIAN") else "rademacher"
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        if kernel == "mlp_probe":
+            tanh = ACTIVATIONS["tanh"]
+            mlp.mlp_probe_fwd(like, weight, like, seed, values["PROBES"], distribution, tanh)
+        elif kernel == "mlp_probe_vjp":
+            products = like.new_zeros(values["PROBES"], *like.shape)
+            mlp.mlp_probe_vjp_fwd(products, weight, like, seed, distribution)
+        elif kernel == "mlp_vjp":
             mlp.mlp_vjp(like, like, weight, like, "triton")
         else:
             norm = mlp.Norm(weight[0], weight[0], values["EPSILON"]) if values["NORM"] else None

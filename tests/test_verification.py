@@ -29,6 +29,8 @@ def test_quick_run_in_a_fresh_process(tmp_path):
         "squared_norm",
         "mlp",
         "mlp_vjp",
+        "mlp_probe",
+        "mlp_probe_vjp",
         "mlp_solve",
     }
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}

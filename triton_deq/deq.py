@@ -50,6 +50,12 @@ class _Injected:
         return None if product is None or self._hooked else lambda z: product(z, self.u)
 
     @property
+    def jacobian_norms(self) -> Any:
+        """`(z, seed, probes, distribution) ↦ ‖ε_mᵀ J_b‖²`, or None, where the cell has kernels for it."""
+        norms = None if self._hooked else getattr(self.cell, "jacobian_norms", None)
+        return None if norms is None else lambda z, *of: norms(z, self.u, *of)
+
+    @property
     def write(self) -> Any:
         """`(z, out)`, which leaves the value in out, where the cell can do that."""
         write = None if self._hooked else getattr(self.cell, "write", None)
@@ -94,7 +100,8 @@ class DEQ(nn.Module):
         cell: a module with `inject(x) -> u`, which is computed once, and `forward(z, u) -> z`. It may have
             `initial_state(u) -> z0`; else the solve starts from zeros like u. For `compact` it needs
             `select(u, samples)`, u for those samples of the batch alone. If it has `vjp(z, u)`, which
-            returns its value and `ε ↦ εᵀJ`, gradient and penalty use that.
+            returns its value and `ε ↦ εᵀJ`, gradient and penalty use that. `write(z, u, out)` and
+            `whole_solve(z0, u, solver, stopping, trace)` are as in `solve`, with u.
         solver: `Anderson()` by default.
         tol, max_steps, residual, norm_over, check_every, compact, debug: as in `solve`.
         graph: as in `solve`, but the forward's graphs are kept for inputs of the same shapes and dtypes (the

@@ -48,7 +48,9 @@ def jacobian_norm(
     Args:
         f: from a state to a state; the samples of a batch must not depend on each other. If it has a method
             `vjp(z)` that returns f(z) and the function `ε ↦ εᵀJ` for ε `[..., B, ...]`, both differentiable,
-            that is called instead of the autograd engine, and no double backward is needed.
+            that is called instead of the autograd engine, and no double backward is needed. If it has
+            `jacobian_norms(z, seed, probes, distribution)`, the kernels are asked for `‖ε_mᵀ J_b‖²` `[M, B]`
+            first: a differentiable tensor, or None to decline.
         z: `[B, ...]`, floating. f(z) may have another floating dtype, as under autocast; the probes have
             that of f(z), and the norms are summed in z's accumulation dtype.
         probes: M, how many random vectors.
@@ -66,6 +68,11 @@ def jacobian_norm(
     """
     name = _check_estimate(z, probes, distribution, generator, backend, reduction)
     seed = draw_seed(z.device, generator)
+    fused = getattr(f, "jacobian_norms", None)
+    if fused is not None and name == "triton":
+        norms = fused(z, seed, probes, distribution)
+        if norms is not None:
+            return _reduce(norms, z, reduction)
     closed = closed_vjp(f)
     value, pullback = vjp(f, z) if closed is None else closed(z)
     check_value(value, z, same_dtype=False)

@@ -61,6 +61,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     layers: tuple[tuple[str, str, Callable[..., Call], Callable[..., Call]], ...] = (
         ("mlp", "wide", _mlp, _mlp_torch),
         ("mlp_vjp", "wide", _mlp_vjp, _mlp_vjp_torch),
+        ("mlp_probe", "wide", _mlp_probe, _mlp_probe_torch),
+        ("mlp_probe_vjp", "wide", _mlp_probe_vjp, _mlp_probe_vjp_torch),
         ("mlp_solve", "narrow", _mlp_solve, _mlp_solve_torch),
     )
     for kernel, width, make, peer in layers:
@@ -318,6 +320,53 @@ def _mlp_vjp_torch(randn, batch: int, width: int) -> Call:
     vector, slope, shift = randn(batch, width), randn(batch, width), randn(batch, width)
     weight = randn(width, width)
     return lambda: torch.addmm(shift, vector * slope, weight)
+
+
+def _layer(randn, batch: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return randn(batch, width), randn(width, width), randn(batch, width)
+
+
+def _mlp_probe(randn, batch: int, width: int, backend: str) -> Call:
+    """The vectors ε ⊙ act′(a) and act″(a); the reference is what the cell's closed form does."""
+    from triton_deq.ops.jacobian import probe
+    from triton_deq.ops.mlp import mlp_probe_fwd
+    from triton_deq.reference.activations import ACTIVATIONS
+    from triton_deq.reference.mlp import mlp_and_slope
+
+    z, weight, u = _layer(randn, batch, width)
+    seed, tanh = torch.tensor([7], device=z.device), ACTIVATIONS["tanh"]
+    if backend == "reference":
+        return lambda: probe(u, seed, 0, "gaussian", backend) * mlp_and_slope(z, weight, u, tanh)[1]
+    return lambda: mlp_probe_fwd(z, weight, u, seed, 1, "gaussian", tanh)
+
+
+def _mlp_probe_torch(randn, batch: int, width: int) -> Call:
+    z, weight, u = _layer(randn, batch, width)
+
+    def call() -> tuple[Tensor, Tensor]:
+        value = torch.tanh(torch.nn.functional.linear(z, weight) + u)
+        slope = 1 - value.square()
+        return torch.randn_like(u) * slope, -2 * value * slope
+
+    return call
+
+
+def _mlp_probe_vjp(randn, batch: int, width: int, backend: str) -> Call:
+    from triton_deq.ops.jacobian import probe
+    from triton_deq.ops.mlp import mlp_probe_vjp_fwd
+
+    products, weight, curvature = _layer(randn, batch, width)
+    seed = torch.tensor([7], device=products.device)
+    if backend == "reference":
+        return lambda: curvature * probe(curvature, seed, 0, "gaussian", backend) * (products @ weight.mT)
+    return lambda: mlp_probe_vjp_fwd(products[None], weight, curvature, seed, "gaussian")
+
+
+def _mlp_probe_vjp_torch(randn, batch: int, width: int) -> Call:
+    """With a probe that has been kept."""
+    products, weight, curvature = _layer(randn, batch, width)
+    vector = randn(batch, width)
+    return lambda: curvature * vector * (products @ weight.mT)
 
 
 def _mlp_solve(randn, batch: int, width: int, backend: str) -> Call:

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from triton_deq.ops import mlp as op
 from triton_deq.reference import mlp as reference
 from triton_deq.reference.activations import ACTIVATIONS, Activation
-from triton_deq.verification import BOUNDS, Case, check_mlp, check_mlp_solve
+from triton_deq.verification import BOUNDS, Case, check_mlp, check_mlp_probe, check_mlp_solve
 
 kernels = pytest.mark.kernels
 RELU = ACTIVATIONS["relu"]
@@ -38,6 +38,13 @@ def test_kernels_match_the_reference(shape, dtype, device):
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_any_strides(layout, device):
     assert_within_bounds(check_mlp(Case(torch.float32, (3, 37), torch.device(device), 6, layout)))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (20, 70)], ids=str)
+def test_the_fused_estimate_matches_the_reference(shape, dtype, device):
+    assert_within_bounds(check_mlp_probe(Case(getattr(torch, dtype), shape, torch.device(device), seed=3)))
 
 
 @kernels
@@ -166,6 +173,20 @@ def test_transforms_autocast_and_foreign_activations_take_ordinary_operators(dev
     jacobian = torch.func.vmap(torch.func.jacrev(lambda z, u: op.mlp(z, weight, u, tanh)))(z, u)
     slope = op.mlp_and_slope(z, weight, u, tanh, "triton")[1]
     torch.testing.assert_close(jacobian, slope[:, :, None] * weight)
+
+
+@kernels
+def test_derivatives_of_the_fused_estimate(device):
+    z, weight, u = layer(batch=2, width=3, depth=2, device=device)
+    seed = torch.tensor([11], device=device)
+
+    def norms(*tensors):
+        return op.MLPJacobianFunction.apply(*tensors, seed, 2, "rademacher", ACTIVATIONS["silu"])
+
+    assert gradcheck(norms, (z, weight, u))
+    assert gradgradcheck(norms, (z, weight, u))
+    for tensors in ((z, weight.detach(), u), (z.detach(), weight, u.detach())):
+        assert gradcheck(norms, tensors)
 
 
 @kernels

@@ -16,6 +16,7 @@ from ..ops.mlp import (
     mlp,
     mlp_and_slope,
     mlp_fwd,
+    mlp_jacobian_norms,
     mlp_solve,
     mlp_solve_fits,
     mlp_vjp,
@@ -142,6 +143,14 @@ class MLPCell(nn.Module):
             return value, Pullback(self.state.weight, output, slope, z.dtype)
         standard = Standardised.of(value, self.norm.weight, self.norm.eps)
         return self.norm(value), Pullback(self.state.weight, output, slope, z.dtype, standard)
+
+    def jacobian_norms(
+        self, z: Tensor, u: Tensor, seed: Tensor, probes: int, distribution: str
+    ) -> Tensor | None:
+        """`‖ε_mᵀ J_b‖²` `[M, B]` by kernels of their own, or None where those do not serve."""
+        if self.output is not None or self.norm is not None or not self._as_built:
+            return None
+        return mlp_jacobian_norms(z, self.state.weight, u, self.activation, seed, probes, distribution)
 
     def whole_solve(
         self, z0: Tensor, u: Tensor, solver: Any, stopping: Any, trace: bool

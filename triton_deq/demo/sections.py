@@ -183,7 +183,8 @@ def stabilised_digits(histories: dict[float, list[stabilise.Epoch]], rows: Rows,
         for epoch in epochs:
             for field, quantity in quantities.items():
                 unit = "steps" if field == "steps" else "1"
-                rows.add("digits", quantity, getattr(epoch, field), unit, weight=weight, epoch=epoch.epoch)
+                details = {"weight": weight, "epoch": epoch.epoch, "path": epoch.path}
+                rows.add("digits", quantity, getattr(epoch, field), unit, **details)
 
     _save(plots.training(histories), output / "digits.png")
     last = {weight: epochs[-1] for weight, epochs in histories.items()}
@@ -203,6 +204,7 @@ def stabilised_digits(histories: dict[float, list[stabilise.Epoch]], rows: Rows,
             "γ is larger here than in the paper's table because the penalty is divided by the width of "
             "the state, "
             "and because no weight normalisation helps.",
+            f"How a batch was solved: {next(iter(last.values())).path}.",
         ],
         [
             Table(

@@ -45,6 +45,7 @@ class Epoch:
     converged: float
     residual: float
     radius: float
+    path: str
 
 
 class Classifier(nn.Module):
@@ -113,4 +114,5 @@ def examine(model: Classifier, data: Split, epoch: int, device: str) -> Epoch:
         converged=rest.converged.float().mean().item(),
         residual=capped.solution.residual.median().item(),
         radius=radius.mean().item(),
+        path=capped.solution.path,
     )

@@ -132,7 +132,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     elif fx.data_ptr() != iterate.data_ptr():  # else f has left it there
         iterate.copy_(fx)
 
-    # A row times a matrix, since PyTorch takes longer for a matrix times a column.
+    # A row times a matrix: inside a solve the other orientation took longer.
     row = torch.bmm(residual[:, None], first(filled, views.residuals_of))
     first(filled, views.products).copy_(row)
     torch.linalg.vector_norm(fx, dim=1, out=views.value_sq).square_()

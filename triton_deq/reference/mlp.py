@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .activations import Activation
+from .jacobian import squared_norm
 
 
 def mlp(z: Tensor, weight: Tensor, u: Tensor, activation: Activation) -> Tensor:
@@ -27,3 +28,12 @@ def mlp_vjp(vector: Tensor, slope: Tensor, weight: Tensor) -> Tensor:
     """
     scaled = vector * slope
     return scaled @ weight.to(scaled.dtype)
+
+
+def mlp_jacobian_norms(
+    z: Tensor, weight: Tensor, u: Tensor, probes: Tensor, activation: Activation
+) -> Tensor:
+    """`‖ε_mᵀ J_b‖²` `[M, B]` of the layer's Jacobian, for probes ε `[M, B, N]`."""
+    _, slope = mlp_and_slope(z, weight, u, activation)
+    products = mlp_vjp(probes, slope, weight)
+    return squared_norm(products.flatten(0, 1)).view(products.shape[:2])

@@ -21,7 +21,7 @@ import torch
 from ..checks import parse_count
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
 from .jacobian import check_probe, check_squared_norm
-from .mlp import check_mlp, check_mlp_solve
+from .mlp import check_mlp, check_mlp_probe, check_mlp_solve
 from .solvers import check_anderson, check_broyden
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "check_anderson",
     "check_broyden",
     "check_mlp",
+    "check_mlp_probe",
     "check_mlp_solve",
     "check_probe",
     "check_squared_norm",
@@ -43,6 +44,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "probe": check_probe,
     "squared_norm": check_squared_norm,
     "mlp": check_mlp,
+    "mlp_probe": check_mlp_probe,
     "mlp_solve": check_mlp_solve,
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import jacobian as reference_jacobian
 from ..reference import mlp as reference_mlp
 from ..reference.activations import ACTIVATIONS
 from ..solvers import Anderson, solve
@@ -57,6 +58,39 @@ def check_mlp(case: Case) -> Iterator[Row]:
     out = op.mlp_vjp(vectors, slope, weight, shift, "triton", out=poisoned(z, 2, batch, depth))
     expected = reference_mlp.mlp_vjp(vectors.double(), slope.double(), weight.double()) + shift.double()
     yield row(case, "mlp", "mlp_vjp", "product", relative_error(out, expected))
+
+
+def check_mlp_probe(case: Case, probes: int = 2) -> Iterator[Row]:
+    """The fused estimate of the layer's Jacobian norm and its gradients; widths of at most 300."""
+    from ..ops import mlp as op
+
+    batch, depth = case.shape[0], min(case.shape[1], 300)
+    tensors = _draws(case, (batch, depth), (depth + 2, depth), (batch, depth + 2))
+    z, weight, u = (tensor.requires_grad_() for tensor in tensors)
+    seed = torch.tensor([(case.seed + 1) * 0x5DEECE66D], device=case.device)
+    upstream = case.randn(probes, batch, stream=9).abs() + 1
+    like = torch.empty(batch, depth + 2)
+    for function, distribution in ((ACTIVATIONS["gelu"], "gaussian"), (ACTIVATIONS["tanh"], "rademacher")):
+        norms = op.MLPJacobianFunction.apply(z, weight, u, seed, probes, distribution, function)
+        found = torch.autograd.grad((norms * upstream).sum(), (z, weight, u))
+
+        wide = tuple(tensor.detach().double().requires_grad_() for tensor in (z, weight, u))
+        vectors = torch.stack(
+            [
+                reference_jacobian.probe(like.shape, seed, m, distribution, torch.float64)
+                for m in range(probes)
+            ]
+        )
+        wanted = reference_mlp.mlp_jacobian_norms(wide[0], wide[1], wide[2], vectors, function)
+        expected = torch.autograd.grad((wanted * upstream.double()).sum(), wide)
+        # Squares: twice the relative error, and in float64 that of the probes, which are float32's.
+        bound = 2 * max(BOUNDS[name_of(case.dtype)], BOUNDS["float32"])
+        for quantity, out, right in zip(
+            ("norms", "of z", "of W", "of u"), (norms, *found), (wanted, *expected), strict=True
+        ):
+            label = f"{distribution[:5]} {quantity}"
+            kernel = "mlp_probe" if quantity == "norms" else "mlp_probe_vjp"
+            yield row(case, "mlp", kernel, label, relative_error(out.detach(), right.detach()), bound)
 
 
 def check_mlp_solve(case: Case) -> Iterator[Row]:

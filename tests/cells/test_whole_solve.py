@@ -1,6 +1,8 @@
 """An MLP cell's solves in one launch: the general loop's solution, and when they are not taken."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -137,10 +139,19 @@ def test_when_it_is_not_taken(what, device):
     if what == "hook":
         cell.register_forward_hook(lambda module, args, value: 0.5 * value)
     deq = td.DEQ(cell, **{"backend": "triton", **options})
+    x = torch.randn(*((2, 2) if what == "3d" else (2,)), 3, device=device)
     with torch.no_grad():
-        solution = deq(torch.randn(*((2, 2) if what == "3d" else (2,)), 3, device=device)).solution
+        solution = deq(x).solution
+        torch.testing.assert_close(cell(solution.value, cell.inject(x)), solution.value, rtol=0, atol=5e-3)
     assert solution.path == "steps"
     assert solution.converged.all()
+
+
+def test_a_copied_model_keeps_its_kernels(device):
+    deq = td.DEQ(contraction(device=device, dtype=torch.float32), backend="triton")
+    x = torch.randn(2, 3, device=device)
+    for other in (copy.deepcopy(deq), pickle.loads(pickle.dumps(deq))):
+        assert other(x).solution.path == "one launch"
 
 
 @pytest.mark.parametrize("options", [{"layer_norm": True}, {"hidden": 300}, {}], ids=str)

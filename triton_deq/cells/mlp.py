@@ -88,41 +88,38 @@ class MLPCell(nn.Module):
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
         """The next state from z and `u = inject(x)`."""
         _check_width("z", z, "width", self.width)
-        if self.output is not None:
-            value = self.output(mlp(z, self.state.weight, u, self.activation))
-            return value if self.norm is None else self.norm(value)
-        return mlp(z, self.state.weight, u, self.activation, self._norm)
+        if not self._layers_as_built:
+            value = self.activation(self.state(z) + u)
+        elif self.output is None:
+            return mlp(z, self.state.weight, u, self.activation, self._norm)
+        else:
+            value = mlp(z, self.state.weight, u, self.activation)
+        value = value if self.output is None else self.output(value)
+        return value if self.norm is None else self.norm(value)
 
     def write(self, z: Tensor, u: Tensor, out: Tensor) -> None:
         """The next state into `out`, contiguous; without gradients."""
-        weight = self.state.weight
-        if self.output is None and out.is_contiguous() and served(z, self.activation, "auto", weight, u):
-            norm = self._norm
-            if norm is None or len(weight) <= MOST_NORM:
-                mlp_fwd(z, weight, u, self.activation, norm, out=out)
-                return
-        out.copy_(self.forward(z, u))
+        weight, norm = self.state.weight, self._norm
+        fits = self.output is None and out.is_contiguous() and (norm is None or len(weight) <= MOST_NORM)
+        if fits and served(z, self.activation, "auto", weight, u) and self._as_built:
+            mlp_fwd(z, weight, u, self.activation, norm, out=out)
+        else:
+            out.copy_(self.forward(z, u))
 
     @property
     def _norm(self) -> Norm | None:
         return None if self.norm is None else Norm(self.norm.weight, self.norm.bias, self.norm.eps)
 
     @property
+    def _layers_as_built(self) -> bool:
+        """Whether the layers do no more than their weights say: none is a foreign one or has a hook."""
+        layers = ((self.state, nn.Linear), (self.output, nn.Linear), (self.norm, nn.LayerNorm))
+        return all(layer is None or _does_as(kind, layer) for layer, kind in layers)
+
+    @property
     def _as_built(self) -> bool:
-        """Whether this is still the cell of the formula: no own forward, no foreign layer, no hook."""
-        layers = [layer for layer in (self.state, self.output) if layer is not None]
-        return (
-            type(self).forward is MLPCell.forward
-            and all(type(layer).forward is nn.Linear.forward for layer in layers)
-            and (self.norm is None or type(self.norm) is nn.LayerNorm)
-            and not any(
-                part._forward_hooks
-                or part._forward_pre_hooks
-                or part._backward_hooks
-                or part._backward_pre_hooks
-                for part in self.modules()
-            )
-        )
+        """Whether this is still the cell of the formula, also as a whole."""
+        return self._layers_as_built and _does_as(MLPCell, self)
 
     @property
     def vjp(self) -> Callable[[Tensor, Tensor], tuple[Tensor, "Pullback"]] | None:
@@ -172,6 +169,11 @@ class MLPCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation.name!r}"
+
+
+def _does_as(kind: type[nn.Module], layer: nn.Module) -> bool:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer).forward is kind.forward and not (hooked or layer._backward_pre_hooks)
 
 
 def _check_width(name: str, value: Tensor, field: str, wanted: int) -> None:

@@ -42,7 +42,7 @@ def served(z: Tensor, activation: Activation, backend: str, *others: Tensor | No
     """Whether the kernels can compute a layer of these tensors here, and should."""
     if torch.compiler.is_compiling() or backends.choose(z, backend)[0] == "reference":
         return False
-    known = activation is ACTIVATIONS.get(activation.name)
+    known = activation == ACTIVATIONS.get(activation.name)  # equal, since a copied model has a copy of it
     alike = all(other is None or (other.dtype, other.device) == (z.dtype, z.device) for other in others)
     transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     autocast = torch.is_autocast_enabled(z.device.type)

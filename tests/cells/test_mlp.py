@@ -179,7 +179,7 @@ def test_no_closed_form_where_it_would_be_another_function():
     torch.testing.assert_close(implicit, unrolled, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("what", ["hook", "layer", "spectral norm"])
+@pytest.mark.parametrize("what", ["hook", "layer", "bias", "spectral norm"])
 def test_what_is_done_to_a_layer_is_done(what, backend, device):
     """Also what only a call of the layer does: a hook, another class, the older spectral norm."""
 
@@ -192,6 +192,8 @@ def test_what_is_done_to_a_layer_is_done(what, backend, device):
         cell.state.register_forward_hook(lambda module, args, value: value + 1)
     elif what == "layer":
         cell.state = Halved(5, 5, bias=False).to(device)
+    elif what == "bias":
+        cell.state = nn.Linear(5, 5).to(device)
     else:
         nn.utils.spectral_norm(cell.state)
     cell.eval()  # in training each call moves a spectral norm
@@ -226,6 +228,12 @@ def test_an_activation_of_ones_own():
         ),
         (lambda: td.MLPCell(3, 4).inject(torch.ones(2, 5)), ValueError, r"x has 5 .*input_width is 4"),
         (lambda: td.MLPCell(3, 4)(torch.ones(2, 5), torch.ones(2, 3)), ValueError, r"z has 5 .*width is 3"),
+        (lambda: td.MLPCell(3, 4)(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"u has 4 .*width is 3"),
+        (
+            lambda: td.MLPCell(3, 4, hidden=7).write(torch.ones(2, 3), torch.ones(2, 3), torch.empty(2, 3)),
+            ValueError,
+            r"u has 3 .*hidden is 7",
+        ),
     ],
 )
 def test_bad_input(make, error, message):

@@ -118,6 +118,17 @@ def test_leading_dimensions_and_empty_batches(backend, device):
         assert op.mlp(z[:0], weight, u, RELU, backend=backend).shape == (0, 3, 5)
 
 
+def test_what_does_not_fit_is_left_to_pytorch(backend, device):
+    z, weight, u = (tensor.detach() for tensor in layer(device=device))
+    wide = torch.randn(3, 4, 1, dtype=torch.float64, device=device)  # broadcasts z as well
+    wanted = torch.relu(z @ weight.T + wide)
+    torch.testing.assert_close(op.mlp(z, weight, wide, RELU, backend=backend), wanted)
+    with pytest.raises(RuntimeError, match="size"):
+        op.mlp(z, weight, u[:, :3], RELU, backend=backend)
+    with pytest.raises(RuntimeError, match="shape"):
+        op.mlp(z[:, :2], weight, u, RELU, backend=backend)
+
+
 @pytest.mark.parametrize("width", [5, 600])
 def test_norm_is_pytorchs(width, backend, device):
     z, weight, u = layer(width=width, device=device)

@@ -88,6 +88,7 @@ class MLPCell(nn.Module):
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
         """The next state from z and `u = inject(x)`."""
         _check_width("z", z, "width", self.width)
+        _check_width("u", u, "width" if self.output is None else "hidden", self.injection.out_features)
         if not self._layers_as_built:
             value = self.activation(self.state(z) + u)
         elif self.output is None:
@@ -99,8 +100,15 @@ class MLPCell(nn.Module):
 
     def write(self, z: Tensor, u: Tensor, out: Tensor) -> None:
         """The next state into `out`, contiguous; without gradients."""
+        _check_width("z", z, "width", self.width)
+        _check_width("u", u, "width" if self.output is None else "hidden", self.injection.out_features)
         weight, norm = self.state.weight, self._norm
-        fits = self.output is None and out.is_contiguous() and (norm is None or len(weight) <= MOST_NORM)
+        fits = (
+            u.shape[:-1] == z.shape[:-1]
+            and self.output is None
+            and out.is_contiguous()
+            and (norm is None or len(weight) <= MOST_NORM)
+        )
         if fits and served(z, self.activation, "auto", weight, u) and self._as_built:
             mlp_fwd(z, weight, u, self.activation, norm, out=out)
         else:
@@ -113,8 +121,10 @@ class MLPCell(nn.Module):
     @property
     def _layers_as_built(self) -> bool:
         """Whether the layers do no more than their weights say: none is a foreign one or has a hook."""
-        layers = ((self.state, nn.Linear), (self.output, nn.Linear), (self.norm, nn.LayerNorm))
-        return all(layer is None or _does_as(kind, layer) for layer, kind in layers)
+        linear = [self.state, *([] if self.output is None else [self.output])]
+        return all(_does_as(nn.Linear, layer) and layer.bias is None for layer in linear) and (
+            self.norm is None or (_does_as(nn.LayerNorm, self.norm) and self.norm.bias is not None)
+        )
 
     @property
     def _as_built(self) -> bool:
@@ -172,6 +182,7 @@ class MLPCell(nn.Module):
 
 
 def _does_as(kind: type[nn.Module], layer: nn.Module) -> bool:
+    """Whether calling the layer is this kind's own forward and nothing more."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return type(layer).forward is kind.forward and not (hooked or layer._backward_pre_hooks)
 

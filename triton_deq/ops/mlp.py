@@ -49,6 +49,14 @@ def served(z: Tensor, activation: Activation, backend: str, *others: Tensor | No
     return known and alike and z.numel() > 0 and not (transformed or autocast)
 
 
+def _fit(z: Tensor, weight: Tensor, u: Tensor) -> bool:
+    """Whether the kernel can read these as a layer's; what does not fit is left to PyTorch's own rules."""
+    same = u.shape[:-1] == z.shape[:-1] or (
+        torch.broadcast_shapes(u.shape[:-1], z.shape[:-1]) == z.shape[:-1]
+    )
+    return same and (u.shape[-1], z.shape[-1]) == weight.shape
+
+
 def mlp(
     z: Tensor,
     weight: Tensor,
@@ -70,7 +78,7 @@ def mlp(
     `torch.backends.cuda.matmul.allow_tf32` allows it; 16-bit ones add up in float32.
     """
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, weight, u))
-    if not served(z, activation, backend, weight, u):
+    if not (served(z, activation, backend, weight, u) and _fit(z, weight, u)):
         value = reference.mlp(z, weight, u, activation)
     elif recorded:
         value, _ = MLPFunction.apply(z, weight, u, activation)
@@ -87,7 +95,7 @@ def mlp_and_slope(
     z: Tensor, weight: Tensor, u: Tensor, activation: Activation, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`act(a)` and `act′(a)`, both differentiable; arguments as in `mlp`."""
-    if not served(z, activation, backend, weight, u):
+    if not (served(z, activation, backend, weight, u) and _fit(z, weight, u)):
         return reference.mlp_and_slope(z, weight, u, activation)
     return MLPFunction.apply(z, weight, u, activation)
 
@@ -112,7 +120,8 @@ def mlp_vjp(
     given = (vector, slope, weight, shift)
     recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
     alike = served(vector, ACTIVATIONS["relu"], backend, slope, weight, shift)
-    if recorded or not alike or vector.shape[vector.dim() - slope.dim() :] != slope.shape:
+    fit = vector.shape[vector.dim() - slope.dim() :] == slope.shape and slope.shape[-1] == len(weight)
+    if recorded or not alike or not fit:
         product = reference.mlp_vjp(vector, slope, weight)
         product = product if shift is None else product + shift
         return product if out is None else out.copy_(product)
@@ -431,7 +440,9 @@ def mlp_jacobian_norms(
 
     Returns None where the kernels do not serve; in float64 too, since their probes have float32's precision.
     """
-    fits = z.dim() == 2 and z.dtype != torch.float64 and u.shape == (len(z), len(weight))
+    fits = (
+        z.dim() == 2 and z.dtype != torch.float64 and u.shape == (len(z), len(weight)) and _fit(z, weight, u)
+    )
     if not fits or not served(z, activation, backend, weight, u):
         return None
     return MLPJacobianFunction.apply(z, weight, u, seed, probes, distribution, activation)

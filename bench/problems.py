@@ -8,24 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import triton_deq as td
+from triton_deq.deq import Injected
 
 Function = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class CellFunction:
-    """`z ↦ cell(z, u)`, with the cell's own product for those who know to ask."""
-
-    cell: td.MLPCell
-    u: Tensor
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.cell(z, self.u)
-
-    def vjp(self, z: Tensor) -> tuple[Tensor, Function]:
-        product = self.cell.vjp
-        assert product is not None, "the cell is as built"
-        return product(z, self.u)
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,7 @@ class Problem:
 
     @property
     def f(self) -> Function:
-        return self._value if self.cell is None else CellFunction(self.cell, self.bias)
+        return self._value if self.cell is None else Injected(self.cell, self.bias)
 
     def _value(self, z: Tensor) -> Tensor:
         if self.kind == "pointwise":

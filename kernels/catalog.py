@@ -702,7 +702,6 @@ ENTRIES: tuple[Entry, ...] = (
     _mlp_solve("fp32", 256, "Picard", history=1),
     _mlp_solve("bf16", 128),
     _mlp_solve("fp32", 128, "hidden,norm", 56, hidden=512, norm=True),
-    _mlp_solve("fp64", 64),
 )
 
 STEPS: Mapping[str, tuple[str, ...]] = {

@@ -34,8 +34,8 @@ class DEQOutput:
 
 
 @dataclass(frozen=True)
-class _Injected:
-    """`z ↦ cell(z, u)`, and the same for some of the samples."""
+class Injected:
+    """`z ↦ cell(z, u)`: an f with all that its cell can do, and the same for some of the samples."""
 
     cell: Any
     u: Any
@@ -86,11 +86,11 @@ class _Injected:
     def inputs(self) -> Any:
         return self.u
 
-    def given(self, inputs: Any) -> "_Injected":
-        return _Injected(self.cell, inputs)
+    def given(self, inputs: Any) -> "Injected":
+        return Injected(self.cell, inputs)
 
-    def select(self, samples: Tensor) -> "_Injected":
-        return _Injected(self.cell, self.cell.select(self.u, samples))
+    def select(self, samples: Tensor) -> "Injected":
+        return Injected(self.cell, self.cell.select(self.u, samples))
 
 
 class DEQ(nn.Module):
@@ -162,7 +162,7 @@ class DEQ(nn.Module):
         u = cell.inject(x)
         if z0 is None:
             z0 = self._initial_state(u)
-        f = _Injected(cell, u)
+        f = Injected(cell, u)
 
         value, solution = fixed_point(
             f,

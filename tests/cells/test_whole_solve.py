@@ -84,7 +84,7 @@ def test_bad_samples_stop_alone(device):
         diverging.state.weight.fill_(5.0)
         assert_same(*both_ways(diverging, x[2:], td.Picard(), tol=1e-6))
         with pytest.raises(td.NotConverged):
-            td.solve(td.deq._Injected(diverging, diverging.inject(x)), z0, throw=True, backend="triton")
+            td.solve(td.deq.Injected(diverging, diverging.inject(x)), z0, throw=True, backend="triton")
 
 
 def test_trace_is_the_general_loops(device):
@@ -92,7 +92,7 @@ def test_trace_is_the_general_loops(device):
     u = cell.inject(torch.randn(18, 3, dtype=torch.float64, device=device)).detach()
     u[0] *= 1e-3  # converges before the others
     z0 = torch.zeros(18, 7, dtype=torch.float64, device=device)
-    f = td.deq._Injected(cell, u)
+    f = td.deq.Injected(cell, u)
     one, general = (
         td.solve(f, z0, tol=1e-6, trace=True, backend=backend) for backend in ("triton", "reference")
     )

@@ -210,6 +210,20 @@ def test_same_bits_every_time(device):
     assert torch.equal(first[1].data, second[1].data)
 
 
+@kernels
+def test_a_useless_gram_matrix_restarts_the_history(device):
+    """A constant map: the second residual is zero, and without a ridge its Gram matrix is singular."""
+    u = torch.randn(2, 4, dtype=torch.float64, device=device)
+    cell = op.Layer(torch.zeros(4, 4, dtype=torch.float64, device=device), u, RELU, None, None)
+    counts = []
+    for ridge in (1e-6, 0.0):
+        rule = op.Rule(3, 1.0, ridge, True, 0.0, 2, True)
+        value, record, _ = op.mlp_solve(torch.ones_like(u), cell, rule)
+        counts.append(record.count.tolist())
+        torch.testing.assert_close(value, torch.relu(u))
+    assert counts == [[2, 2], [1, 1]]
+
+
 @pytest.mark.parametrize(
     ("shape", "history", "fits"),
     [((2, 256), 6, True), ((2, 257), 6, False), ((2, 16), 9, False), ((2, 3, 16), 6, False)],

@@ -696,6 +696,8 @@ ENTRIES: tuple[Entry, ...] = (
     _mlp_probe("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False),
     _mlp_probe_vjp("fp32", 1024, 1024, "gaussian"),
     _traded(_mlp_probe_vjp("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False)),
+    _mlp_probe("fp32", 1, 64, "one sample"),
+    _mlp_probe_vjp("fp32", 1, 64, "one sample"),
     _mlp_solve("fp32", 128, spilled=76),
     _mlp_solve("fp32", 128, "adjoint", 56, adjoint=True),
     _mlp_solve("fp32", 256, spilled=272),

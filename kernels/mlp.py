@@ -229,7 +229,7 @@ def mlp_vjp_kernel(
     tl.store(out_ptr + tile, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def mlp_probe_kernel(
     z_ptr,
     weight_ptr,
@@ -293,7 +293,7 @@ def mlp_probe_kernel(
         tl.store(vectors_ptr + m * B.to(tl.int64) * N + tile, entries * slope, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def mlp_probe_vjp_kernel(
     products_ptr,
     weight_ptr,

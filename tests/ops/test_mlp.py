@@ -103,6 +103,10 @@ def test_product_is_autograds_and_differentiable(backend, device):
     for vector, product, given in zip(vectors, products, shift, strict=True):
         (expected,) = torch.autograd.grad(value, z, vector.detach(), retain_graph=True)
         torch.testing.assert_close(product, expected + given)
+    strided = torch.empty(2, 3, 4, dtype=torch.float64, device=device).transpose(1, 2)
+    with torch.no_grad():
+        op.mlp_vjp(vectors, slope, weight, shift, backend, out=strided)
+    torch.testing.assert_close(strided, products)
     assert gradcheck(
         lambda *given: op.mlp_vjp(*given, backend=backend), (vectors, slope.detach().requires_grad_(), weight)
     )

@@ -115,7 +115,7 @@ def mlp_vjp(
         slope: `act′(a)` `[..., N]`.
         weight: W `[N, K]`.
         shift: `[..., K]`, shaped like the product, or None.
-        out: contiguous, where the product is left; only without gradients.
+        out: where the product is left; only without gradients.
     """
     given = (vector, slope, weight, shift)
     recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
@@ -125,6 +125,8 @@ def mlp_vjp(
         product = reference.mlp_vjp(vector, slope, weight)
         product = product if shift is None else product + shift
         return product if out is None else out.copy_(product)
+    if out is not None and not out.is_contiguous():  # the kernel writes rows one after another
+        return out.copy_(mlp_vjp_fwd(vector, slope, weight, shift, None))
     return mlp_vjp_fwd(vector, slope, weight, shift, out)
 
 

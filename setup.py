@@ -7,6 +7,10 @@ installed as `triton_deq.kernels`, and a list would have to be edited for every 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["triton_deq", "triton_deq.*"]), "triton_deq.kernels"],
+    packages=[
+        *find_packages(include=["triton_deq", "triton_deq.*"]),
+        "triton_deq.kernels",
+        "triton_deq.kernels.catalog",
+    ],
     package_dir={"triton_deq.kernels": "kernels"},
 )

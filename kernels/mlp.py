@@ -6,9 +6,7 @@ triton_deq/reference/mlp.py.
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
-from .activations import activate, activation_curvature, activation_slope
 from .primitives import (
     BEST,
     CONVERGED,
@@ -20,22 +18,17 @@ from .primitives import (
     STATUS,
     STEPS,
     TOLERANCE,
+    activate,
+    activation_curvature,
+    activation_slope,
+    dot,
     is_finite,
     judge,
     mixing_weights,
     probe_entries,
+    standardise,
+    standardise_vjp,
 )
-
-
-@triton.jit
-def dot(a, b, total, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr):
-    """`total + a b`. OPERAND: what tensor cores take; float32 as three TF32 products, or as one with TF32."""
-    if TF32:
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="tf32", out_dtype=WIDE)
-    elif is_hip():  # AMD's matrix cores take float32 as it is
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="ieee", out_dtype=WIDE)
-    else:
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="tf32x3", out_dtype=WIDE)
 
 
 @triton.jit
@@ -75,23 +68,6 @@ def product(
         b = tl.load(matrix_ptr + entries, mask=within[:, None] & (columns < N)[None, :], other=0)
         total = dot(a, b, total, TF32, OPERAND, WIDE)
     return total
-
-
-@triton.jit
-def standardise(h, inside, N, EPSILON: tl.constexpr):
-    """`n = (h − mean) / σ` of each row's entries that are inside, and 1/σ."""
-    mean = tl.sum(tl.where(inside, h, 0), axis=1) / N
-    centred = tl.where(inside, h - mean[:, None], 0)
-    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + EPSILON)
-    return centred * inverse[:, None], inverse
-
-
-@triton.jit
-def standardise_vjp(g, normal, inverse, N):
-    """`(g − mean(g) − n mean(g n)) / σ`; g and n are zero outside of their row."""
-    mean = tl.sum(g, axis=1) / N
-    along = tl.sum(g * normal, axis=1) / N
-    return inverse[:, None] * (g - mean[:, None] - normal * along[:, None])
 
 
 @triton.jit
@@ -393,7 +369,7 @@ def evaluate(
         if NORM:
             normal = tl.load(normal_ptr + tile, mask=inside, other=0).to(WIDE)
             inverse = tl.load(inverse_ptr + rows, mask=present, other=0).to(WIDE)
-            vector = standardise_vjp(vector * gain[None, :], normal, inverse, WIDTH)
+            vector = standardise_vjp(vector * gain[None, :], normal, inverse, 0.0, WIDTH)
         if HIDDEN == 0:
             vector *= tl.load(slope_ptr + tile, mask=inside, other=0).to(WIDE)
         tl.store(scratch_ptr + tile, vector, mask=inside)

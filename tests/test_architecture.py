@@ -48,6 +48,7 @@ THIRD_PARTY = {
     "verification": RUNTIME | {"triton"},
     "inspection": RUNTIME | {"triton"},
     "data": RUNTIME | {"sklearn"},
+    "training": RUNTIME | {"matplotlib", "rich"},
     "demo": RUNTIME | {"matplotlib", "rich", "torchdeq"},
     "compat": RUNTIME | {"torchdeq"},
 }

@@ -19,8 +19,10 @@ import torch
 from triton_deq import inspection
 from triton_deq.backend import interpreting
 from triton_deq.inspection.reading import (
+    Access,
     accesses,
     amd_resources,
+    at_lines,
     code_size,
     lines_of,
     matrix_instructions,
@@ -144,6 +146,10 @@ def call_op(entry: Entry, device: str) -> None:
             norm = mlp.Norm(weight[0], weight[0], values["EPSILON"]) if values["NORM"] else None
             extra = (torch.empty_like(like), torch.empty_like(like)) if values["SLOPE"] else (None, None)
             mlp.mlp_fwd(like, weight, like, ACTIVATIONS["tanh"], norm, None, *extra)
+    elif entry.op == "norm":
+        call_norm(entry, state_like)
+    elif entry.op == "attention":
+        call_attention(entry, device)
     elif entry.op == "broyden":
         step = values["SLOTS"]
         state = broyden.broyden_start(state_like, step - 1, 1e-3, step + 2, "triton")
@@ -182,6 +188,22 @@ def call_op(entry: Entry, device: str) -> None:
             )
 
 
+def call_norm(entry: Entry, x: torch.Tensor) -> None:
+    """Sequences of `per` rows, each with one row of the mask."""
+    from triton_deq.ops import norm
+
+    values, width = entry.arguments, entry.shape[1]
+    x, gain = x.view(-1, values["per"], width), x.new_zeros(width)
+    mask, inverse = torch.zeros_like(x[:, :1]), norm._fresh_inverse(x)
+    if entry.name.startswith("norm_vjp"):
+        extra = (x, inverse, mask) if values["MASK"] else (None, None, None)
+        norm.norm_vjp_fwd(x, x, inverse, gain, *extra)
+    elif values["NORMAL"]:
+        norm.norm_fwd(x, x, mask, gain, gain, values["EPSILON"], None, x, inverse)
+    else:
+        norm.norm_value(x, x, mask, gain, gain, values["EPSILON"], "triton")
+
+
 def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:
     from triton_deq.ops import mlp
     from triton_deq.reference.activations import ACTIVATIONS
@@ -197,6 +219,35 @@ def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:
         cell = mlp.Layer(weight, u, ACTIVATIONS[values["ACTIVATION"]], output, norm)
     rule = mlp.Rule(values["HISTORY"], 1.0, 1e-6, True, 1e-3, values["max_steps"], True)
     mlp.mlp_solve(z0, cell, rule)
+
+
+def call_attention(entry: Entry, device: str) -> None:
+    """q, k and v in one buffer, everything else by itself."""
+    from triton_deq.ops import attention
+
+    values, batch = entry.arguments, entry.shape[0]
+    heads, depth, memory, queries = values["H"], values["HEAD"][2], values["M"], values["T"]
+    draw = {"dtype": DTYPES[entry.dtype], "device": device}
+    fused = torch.zeros(batch, queries, 3, heads, depth, **draw)
+    q, k, v = fused.unbind(2)
+    kept = [torch.zeros(batch, memory, heads, depth, **draw) if memory else None for _ in range(2)]
+    positions, bias = torch.zeros(memory + queries, heads, depth, **draw), torch.zeros(heads, depth, **draw)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if values["DROPOUT"] else None
+    context = attention.Context(positions, bias, bias, *kept, values["window"], values["DROPOUT"], seed)
+    sums = torch.zeros(
+        batch, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32), device=device
+    )
+    evaluated = attention.Evaluated(torch.zeros_like(q, memory_format=torch.contiguous_format), sums)
+    given = attention.Given(q, k, v, context, evaluated.value)
+    kernel = entry.name.split("[")[0]
+    if kernel == "attention":
+        attention.attention_fwd(q, k, v, context)
+    elif kernel == "attention_query_vjp":
+        attention.query_gradient(given, evaluated, values["BIASES"])
+    elif kernel == "attention_key_vjp":
+        attention.key_gradients(given, evaluated, sums, memory=False)
+    else:
+        attention.position_gradient(given, evaluated, sums)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -482,6 +533,14 @@ def test_amd_resources(stack, spilled):
         " .sgpr_spill_count: 2\n .vgpr_count:     54\n .vgpr_spill_count: 3\n"
     )
     assert (found.registers, found.spilled, found.stack, found.code) == (54, spilled, stack, 3596)
+
+
+def test_loads_that_were_joined_count_where_no_others_are_found():
+    joined, store = Access("load", 16, "kernel.py", 0), Access("store", 8, "kernel.py", 7)
+    other = Access("load", 4, "kernel.py", 5)
+    lines = {("load", "kernel.py", 3), ("store", "kernel.py", 7)}
+    assert at_lines([joined, other, store], lines) == [store, joined]
+    assert at_lines([joined, other, store], lines | {("load", "kernel.py", 5)}) == [other, store]
 
 
 def test_contiguous_accesses_are_known_by_their_lines():

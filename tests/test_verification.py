@@ -32,6 +32,8 @@ def test_quick_run_in_a_fresh_process(tmp_path):
         "mlp_probe",
         "mlp_probe_vjp",
         "mlp_solve",
+        "norm",
+        "norm_vjp",
     }
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(row["passed"] and row["error"] <= row["bound"] for row in rows)

@@ -18,16 +18,28 @@ from .step import GPU_SHAPES, HISTORY, SHAPES
 GROUP = "kernels"
 MEMORY = 10
 LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
-    "tiny": {"wide": [(2, 16)], "narrow": [(2, 16)]},
-    "quick": {"wide": [(128, 512)], "narrow": [(128, 128)]},
-    "full": {"wide": [(128, 1024)], "narrow": [(128, 128)]},
+    "tiny": {"wide": [(2, 16)], "narrow": [(2, 16)], "rows": [(2, 16)]},
+    "quick": {"wide": [(128, 512)], "narrow": [(128, 128)], "rows": [(300, 700)]},
+    "full": {"wide": [(128, 1024)], "narrow": [(128, 128)], "rows": [(2100, 700)]},
 }
 GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
     "tiny": LAYERS["tiny"],
-    "quick": {"wide": [(4096, 2048)], "narrow": [(1024, 128)]},
-    "full": {"wide": [(1024, 1024), (4096, 2048)], "narrow": [(1024, 64), (1024, 128), (1024, 256)]},
+    "quick": {"wide": [(4096, 2048)], "narrow": [(1024, 128)], "rows": [(2100, 700)]},
+    "full": {
+        "wide": [(1024, 1024), (4096, 2048)],
+        "narrow": [(1024, 64), (1024, 128), (1024, 256)],
+        "rows": [(2100, 700), (16384, 1024)],
+    },
 }
-"""(batch, width) of a layer, and of a cell whose whole solve is one launch."""
+"""(batch, width) of a layer, of a cell whose whole solve is one launch, and of a LayerNorm's rows: the
+paper's Transformer is 700 wide, on 14 sequences of 150."""
+ATTENTIONS: dict[str, list[tuple[int, int]]] = {"tiny": [(1, 4)], "quick": [(2, 64)], "full": [(4, 150)]}
+GPU_ATTENTIONS: dict[str, list[tuple[int, int]]] = {
+    "tiny": ATTENTIONS["tiny"],
+    "quick": [(14, 150)],
+    "full": [(14, 150), (14, 512)],
+}
+"""(batch, queries); as many keys in memory, 10 heads of 70, as in the paper's model for WikiText-103."""
 RULE: dict[str, Any] = {
     "relative": True,
     "over_batch": False,
@@ -64,12 +76,23 @@ def cases(setting: Setting) -> Iterator[Case]:
         ("mlp_probe", "wide", _mlp_probe, _mlp_probe_torch),
         ("mlp_probe_vjp", "wide", _mlp_probe_vjp, _mlp_probe_vjp_torch),
         ("mlp_solve", "narrow", _mlp_solve, _mlp_solve_torch),
+        ("norm", "rows", _norm, _norm_torch),
+        ("norm_vjp", "rows", _norm_vjp, _norm_vjp_torch),
     )
     for kernel, width, make, peer in layers:
         for shape in (GPU_LAYERS if setting.gpu else LAYERS)[setting.scale][width]:
             for dtype in dtypes:
                 variants = _variants(
                     setting, shape, dtype, make, {"torch": peer}, single=kernel != "mlp_solve"
+                )
+                yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
+
+    for kernel in ("attention", "attention_query_vjp", "attention_key_vjp", "attention_position_vjp"):
+        make, peer = partial(_attention, kernel), partial(_attention_torch, kernel)
+        for shape in (GPU_ATTENTIONS if setting.gpu else ATTENTIONS)[setting.scale]:
+            for dtype in dtypes:
+                variants = _variants(
+                    setting, shape, dtype, make, {"torch": peer}, single=kernel == "attention"
                 )
                 yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
 
@@ -391,6 +414,38 @@ def _mlp_solve_torch(randn, batch: int, width: int) -> Call:
     )
 
 
+def _norm(randn, batch: int, width: int, backend: str) -> Call:
+    """The value alone, as in a forward solve, with a masked branch."""
+    from triton_deq.ops.norm import norm_value
+
+    x, branch, mask = randn(batch, width), randn(batch, width), randn(1, width)
+    gain, offset = randn(width), randn(width)
+    return lambda: norm_value(x, branch, mask, gain, offset, backend=backend)
+
+
+def _norm_torch(randn, batch: int, width: int) -> Call:
+    x, branch, mask = randn(batch, width), randn(batch, width), randn(1, width)
+    gain, offset = randn(width), randn(width)
+    return lambda: torch.nn.functional.layer_norm(torch.addcmul(x, branch, mask), (width,), gain, offset)
+
+
+def _norm_vjp(randn, batch: int, width: int, backend: str) -> Call:
+    from triton_deq.ops.norm import norm, norm_vjp
+
+    x, vector, gain = randn(batch, width), randn(batch, width), randn(width)
+    _, normal, inverse = norm(x, gain=gain, offset=gain, backend=backend)
+    return lambda: norm_vjp(vector, normal, inverse, gain, backend)
+
+
+def _norm_vjp_torch(randn, batch: int, width: int) -> Call:
+    """The operator that the autograd engine calls."""
+    x, vector, gain = randn(batch, width), randn(batch, width), randn(width)
+    _, mean, inverse = torch.ops.aten.native_layer_norm(x, [width], gain, gain, 1e-5)
+    backward = torch.ops.aten.native_layer_norm_backward
+    only_x = [True, False, False]
+    return lambda: backward(vector, x, [width], mean, inverse, gain, gain, only_x)[0]
+
+
 def _contraction(randn, width: int) -> Any:
     import triton_deq as td
 
@@ -399,3 +454,80 @@ def _contraction(randn, width: int) -> Any:
     with torch.no_grad():
         cell.state.weight.copy_(randn(width, width) / (2 * width**0.5))
     return cell
+
+
+HEADS, DEPTH = 10, 70
+
+
+def _attention_tensors(randn, batch: int, queries: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+    from triton_deq.ops.attention import Context
+
+    q, k, v = randn(batch, queries, 3, HEADS, DEPTH).unbind(2)
+    positions, biases = randn(2 * queries, HEADS, DEPTH), (randn(HEADS, DEPTH), randn(HEADS, DEPTH))
+    memory = randn(batch, queries, HEADS, DEPTH), randn(batch, queries, HEADS, DEPTH)
+    return q, k, v, Context(positions, *biases, *memory)
+
+
+def _attention(kernel: str, randn, batch: int, queries: int, backend: str) -> Call:
+    """One kernel by itself; the reference's gradient goes back through its graph."""
+    from triton_deq.ops import attention as op
+    from triton_deq.reference.attention import attention as reference
+
+    q, k, v, context = _attention_tensors(randn, batch, queries)
+    if kernel == "attention":
+        return lambda: op.attention(q, k, v, context, backend)
+    vector = torch.randn_like(q)
+    if backend == "reference":
+        return _backward(kernel, reference, vector, q, k, v, context)
+    evaluated = op.attention_fwd(q, k, v, context)
+    given = op.Given(q, k, v, context, vector)
+    _, delta, _ = op.query_gradient(given, evaluated, biases=False)
+    calls: dict[str, Call] = {
+        "attention_query_vjp": lambda: op.query_gradient(given, evaluated, biases=False),
+        "attention_key_vjp": lambda: op.key_gradients(given, evaluated, delta, memory=False),
+        "attention_position_vjp": lambda: op.position_gradient(given, evaluated, delta),
+    }
+    return calls[kernel]
+
+
+def _attention_torch(kernel: str, randn, batch: int, queries: int) -> Call:
+    """As Transformer-XL's authors wrote it: two matrix products, and a shift by padding."""
+    q, k, v, context = _attention_tensors(randn, batch, queries)
+    if kernel == "attention":
+        return lambda: _padded_attention(q, k, v, context)
+    return _backward(kernel, _padded_attention, torch.randn_like(q), q, k, v, context)
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+    keys, values = torch.cat([context.memory_keys, k], 1), torch.cat([context.memory_values, v], 1)
+    batch, queries, heads, depth = q.shape
+    content = torch.einsum("bihd,bjhd->bhij", q + context.content_bias, keys)
+    position = torch.einsum("bihd,nhd->bhin", q + context.position_bias, context.positions.flip(0))
+    padded = torch.nn.functional.pad(position, (1, 0)).view(batch, heads, -1, queries)
+    scores = content + padded[:, :, 1:].reshape(content.shape)
+    hidden = torch.ones(content.shape[2:], dtype=torch.bool, device=q.device).triu(
+        1 + keys.shape[1] - queries
+    )
+    weights = torch.softmax((scores * depth**-0.5).masked_fill(hidden, -torch.inf), dim=-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, values)
+
+
+def _backward(
+    kernel: str,
+    function: Callable[..., Tensor],
+    vector: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Any,
+) -> Call:
+    """The gradient in what the kernel of this name gives it for, of a value that is kept with its graph."""
+    leaves = {
+        "attention_query_vjp": (q,),
+        "attention_key_vjp": (k, v),
+        "attention_position_vjp": (context.positions,),
+    }[kernel]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    value = function(q, k, v, context)
+    return lambda: torch.autograd.grad(value, leaves, vector, retain_graph=True)

@@ -8,12 +8,19 @@ configurations are compiled.
 
 from collections.abc import Mapping
 
-from . import anderson, broyden, jacobian, mlp
+from . import anderson, attention, broyden, jacobian, mlp, norm
 from .entry import BYTES, Budget, Entry, Pointer
 
 __all__ = ["BYTES", "ENTRIES", "STEPS", "Budget", "Entry", "Pointer"]
 
-ENTRIES: tuple[Entry, ...] = (*anderson.ENTRIES, *broyden.ENTRIES, *jacobian.ENTRIES, *mlp.ENTRIES)
+ENTRIES: tuple[Entry, ...] = (
+    *anderson.ENTRIES,
+    *attention.ENTRIES,
+    *broyden.ENTRIES,
+    *jacobian.ENTRIES,
+    *mlp.ENTRIES,
+    *norm.ENTRIES,
+)
 
 STEPS: Mapping[str, tuple[str, ...]] = {
     f"{solver} step [{dtype},m={history}]": tuple(

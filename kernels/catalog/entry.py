@@ -80,7 +80,7 @@ ODD = Rows(32, 1001, parts=1, chunk=1024, block=1024)
 
 def name_of(kernel: str, dtype: str, *notes: object) -> str:
     words = [f"m={note}" if isinstance(note, int) else str(note) for note in notes if note]
-    if kernel.startswith("mlp"):
+    if kernel.startswith(("mlp", "norm")):
         words = [word.replace("m=", "D=") for word in words]
     return f"{kernel}[{','.join([dtype, *words])}]"
 

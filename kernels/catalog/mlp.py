@@ -33,7 +33,7 @@ def _mlp(
             "CURVATURE": slopes,
             "NORM": norm,
             "EPSILON": 1e-5 if norm else 0.0,
-            **_precision(dtype),
+            **precision_of(dtype),
             **{name: value for name, value in tiles.items() if name != "num_warps"},
         },
         contiguous=pointers,
@@ -60,7 +60,7 @@ def _mlp_vjp(dtype: str, batch: int, width: int, note: str = "") -> Entry:
             "N": width,
             "K": width,
             "SHIFT": True,
-            **_precision(dtype),
+            **precision_of(dtype),
             **{name: value for name, value in tiles.items() if name != "num_warps"},
         },
         contiguous=pointers,
@@ -128,7 +128,7 @@ def _mlp_estimate(
             "K": width,
             "quarter": -(-batch * width // 4),
             **constants,
-            **_precision(dtype),
+            **precision_of(dtype),
             **{name: value for name, value in tiles.items() if name != "num_warps"},
         },
         contiguous=pointers,
@@ -157,7 +157,7 @@ def _mlp_solve(
     batch, block = 1024, 16 if dtype == "fp64" else 32
     wide, fp64 = Pointer("fp64" if dtype == "fp64" else "fp32"), Pointer("fp64")
     states = ("x_ptr", "best_ptr", "residuals_ptr", "iterates_ptr")
-    given = ("first_ptr", "second_ptr", "shift_ptr", "slope_ptr", "gain_ptr", "offset_ptr", "scratch_ptr")
+    given = ("first_ptr", "second_ptr", "shift_ptr", "slope_ptr", "gain_ptr", "offset_ptr", "normal_ptr")
     sums = ("gram_ptr", "weights_ptr", "record_ptr", "trace_ptr")
     return Entry(
         op="mlp",
@@ -165,9 +165,9 @@ def _mlp_solve(
         kernel=kernels.mlp_solve_kernel,
         shape=(batch, width),
         arguments={
-            **dict.fromkeys((*states, *given), Pointer(dtype)),
+            **dict.fromkeys((*states, *given, "scratch_ptr"), Pointer(dtype)),
             **dict.fromkeys(sums, fp64),
-            **dict.fromkeys(("normal_ptr", "inverse_ptr"), wide),
+            "inverse_ptr": wide,
             "B": batch,
             "max_steps": 30,
             "ADJOINT": adjoint,
@@ -183,7 +183,7 @@ def _mlp_solve(
             "RIDGE": 1e-6,
             "RELATIVE_RIDGE": True,
             "TRACE": False,
-            **_precision(dtype),
+            **precision_of(dtype),
             "SAMPLES": 16,
             "BLOCK": max(16, 1 << (width - 1).bit_length()),
             "BLOCK_K": block,
@@ -210,17 +210,17 @@ def _mlp_solve_work(entry: Entry, batch: int, width: int) -> dict[str, int]:
     inner = entry.arguments["HIDDEN"] or width
     products = 2 * batch * width * inner * (2 if entry.arguments["HIDDEN"] else 1)
     work = {"fp64": steps * batch * (2 * history * width + 2 * history**3)}
-    unit, times = _product_unit(entry.dtype)
+    unit, times = product_unit(entry.dtype)
     work[unit] = work.get(unit, 0) + steps * times * products
     return work
 
 
 def _mlp_work(entry: Entry, batch: int, width: int) -> dict[str, int]:
-    unit, times = _product_unit(entry.dtype)
+    unit, times = product_unit(entry.dtype)
     return {unit: times * 2 * batch * width * width}
 
 
-def _product_unit(dtype: str) -> tuple[str, int]:
+def product_unit(dtype: str) -> tuple[str, int]:
     """The unit that multiplies matrices, and how many of its products make one: three of TF32 for float32."""
     return {"fp32": ("tensor_tf32", 3), "fp64": ("fp64", 1)}.get(dtype, (f"tensor_{dtype}", 1))
 
@@ -231,7 +231,7 @@ def _mlp_budget(dtype: str, width: int) -> Budget:
     return Budget(load=access, store=access, tensor_cores=dtype != "fp64")
 
 
-def _precision(dtype: str) -> dict[str, Any]:
+def precision_of(dtype: str) -> dict[str, Any]:
     names = {"fp32": tl.float32, "fp64": tl.float64, "fp16": tl.float16, "bf16": tl.bfloat16}
     return {"TF32": False, "OPERAND": names[dtype], "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
 

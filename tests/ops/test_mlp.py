@@ -84,6 +84,23 @@ def test_derivatives_where_some_are_not_asked_for(backend, device):
         assert gradgradcheck(lambda *given: op.mlp(*given, ACTIVATIONS["silu"], backend=backend), tensors)
 
 
+def test_gradients_where_one_argument_depends_on_another(backend, device):
+    """Each path counts once, also where the gradient is to be differentiated again."""
+    z, weight, _ = layer(width=3, device=device)
+    tanh = ACTIVATIONS["tanh"]
+    wanted = torch.autograd.grad(torch.tanh(z @ weight.T + z.sin()).sum(), z)
+    value = op.mlp(z, weight, z.sin(), tanh, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), z, create_graph=True), wanted)
+    if backend == "triton":
+        seed = torch.tensor([11], device=device)
+        norms = op.MLPJacobianFunction.apply(z, weight, z.sin(), seed, 2, "rademacher", tanh)
+        first, again = (
+            torch.autograd.grad(norms.sum(), z, retain_graph=True, create_graph=graph)
+            for graph in (False, True)
+        )
+        torch.testing.assert_close(first, again)
+
+
 def test_slope_of_relu_has_no_derivative(backend, device):
     tensors = layer(device=device)
     value, slope = op.mlp_and_slope(*tensors, RELU, backend)

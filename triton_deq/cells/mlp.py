@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
@@ -22,8 +23,10 @@ from ..ops.mlp import (
     mlp_vjp,
     served,
 )
+from ..ops.norm import norm, norm_vjp
 from ..reference.activations import ACTIVATIONS, Activation, find_activation
-from ..reference.record import Record, accumulate_dtype
+from ..reference.record import Record
+from .layers import does_as
 
 
 class MLPCell(nn.Module):
@@ -122,14 +125,14 @@ class MLPCell(nn.Module):
     def _layers_as_built(self) -> bool:
         """Whether the layers do no more than their weights say: none is a foreign one or has a hook."""
         linear = [self.state, *([] if self.output is None else [self.output])]
-        return all(_does_as(nn.Linear, layer) and layer.bias is None for layer in linear) and (
-            self.norm is None or (_does_as(nn.LayerNorm, self.norm) and self.norm.bias is not None)
+        return all(does_as(nn.Linear, layer) and layer.bias is None for layer in linear) and (
+            self.norm is None or (does_as(nn.LayerNorm, self.norm) and self.norm.bias is not None)
         )
 
     @property
     def _as_built(self) -> bool:
         """Whether this is still the cell of the formula, also as a whole."""
-        return self._layers_as_built and _does_as(MLPCell, self)
+        return self._layers_as_built and does_as(MLPCell, self)
 
     @property
     def vjp(self) -> Callable[[Tensor, Tensor], tuple[Tensor, "Pullback"]] | None:
@@ -148,8 +151,11 @@ class MLPCell(nn.Module):
         output = None if self.output is None else self.output.weight
         if self.norm is None:
             return value, Pullback(self.state.weight, output, slope, z.dtype)
-        standard = Standardised.of(value, self.norm.weight, self.norm.eps)
-        return self.norm(value), Pullback(self.state.weight, output, slope, z.dtype, standard)
+        gain, offset = self.norm.weight, self.norm.bias
+        normed, normal, inverse = norm(value, gain=gain, offset=offset, epsilon=self.norm.eps)
+        if torch.is_autocast_enabled(value.device.type):  # which has a rule of its own for the value's dtype
+            normed = self.norm(value)
+        return normed, Pullback(self.state.weight, output, slope, z.dtype, (normal, inverse, gain))
 
     def jacobian_norms(
         self, z: Tensor, u: Tensor, seed: Tensor, probes: int, distribution: str
@@ -181,12 +187,6 @@ class MLPCell(nn.Module):
         return f"activation={self.activation.name!r}"
 
 
-def _does_as(kind: type[nn.Module], layer: nn.Module) -> bool:
-    """Whether calling the layer is this kind's own forward and nothing more."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer).forward is kind.forward and not (hooked or layer._backward_pre_hooks)
-
-
 def _check_width(name: str, value: Tensor, field: str, wanted: int) -> None:
     if value.dim() == 0 or value.shape[-1] != wanted:
         raise ValueError(
@@ -212,40 +212,21 @@ def _rule(solver: Any, stopping: Any) -> Rule | None:
 
 
 @dataclass(frozen=True)
-class Standardised:
-    """A LayerNorm at a value h: `n = (h − mean) / σ` and 1/σ, in the accumulation dtype, and its gain γ."""
-
-    normal: Tensor
-    inverse: Tensor
-    gain: Tensor
-
-    @classmethod
-    def of(cls, h: Tensor, gain: Tensor, epsilon: float) -> "Standardised":
-        wide = h.to(accumulate_dtype(h.dtype))
-        centred = wide - wide.mean(-1, keepdim=True)
-        inverse = (centred.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        return cls(centred * inverse, inverse, gain)
-
-    def vjp(self, vector: Tensor) -> Tensor:
-        """`(g − mean(g) − n mean(g n)) / σ` with `g = γ ε`, in ε's dtype."""
-        g = vector.to(self.normal.dtype) * self.gain.to(self.normal.dtype)
-        along = (g * self.normal).mean(-1, keepdim=True)
-        return (self.inverse * (g - g.mean(-1, keepdim=True) - self.normal * along)).to(vector.dtype)
-
-
-@dataclass(frozen=True)
 class Pullback:
-    """`ε ↦ εᵀJ` of an `MLPCell` at a state, `[..., B, D]`; dtype is the state's."""
+    """`ε ↦ εᵀJ` of an `MLPCell` at a state, `[..., B, D]`; dtype is the state's.
+
+    standard: n, 1/σ and the gain of its LayerNorm, as `norm_vjp` takes them, or None without one.
+    """
 
     weight: Tensor
     output: Tensor | None
     slope: Tensor
     dtype: Any
-    standard: Standardised | None = None
+    standard: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, vector: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if self.standard is not None:
-            vector = self.standard.vjp(vector)
+            vector = norm_vjp(vector, *self.standard)
         if self.output is not None:
             vector = vector @ self.output.to(vector.dtype)
         if (vector.dtype, self.weight.dtype) == (self.dtype, self.dtype):
@@ -276,20 +257,12 @@ class Adjoint:
         self, x0: Tensor, solver: Any, stopping: Any, trace: bool
     ) -> tuple[Tensor, Record, Tensor | None] | None:
         """As `MLPCell.whole_solve`."""
-        back, standard, rule = self.pullback, self.pullback.standard, _rule(solver, stopping)
-        gain = None if standard is None else standard.gain
-        alike = (back.weight, back.output, back.slope, gain, self.shift)
+        back, rule = self.pullback, _rule(solver, stopping)
+        normal, inverse, gain = back.standard or (None, None, None)
+        alike = (back.weight, back.output, back.slope, gain, normal, self.shift)
         if rule is None or not served(x0, ACTIVATIONS["relu"], "auto", *alike):
             return None
-        cell = Linearised(
-            back.weight,
-            back.output,
-            back.slope,
-            gain,
-            None if standard is None else standard.normal,
-            None if standard is None else standard.inverse,
-            self.shift,
-        )
+        cell = Linearised(back.weight, back.output, back.slope, gain, normal, inverse, self.shift)
         if self.shift.shape != x0.shape or not mlp_solve_fits(x0, cell, rule):
             return None
         return mlp_solve(x0, cell, rule, trace)

@@ -13,6 +13,7 @@ from .reading import (
     Access,
     accesses,
     amd_resources,
+    at_lines,
     lines_of,
     matrix_instructions,
     nvidia_resources,
@@ -145,7 +146,7 @@ def _compile(entry: Any, job: Job, row: Row) -> None:
     row.loads, row.stores = _widths(found, "load"), _widths(found, "store")
     function = _python_function(entry.kernel)
     lines = lines_of(function, entry.contiguous)
-    bulk = [access for access in found if (access.kind, access.file, access.line) in lines]
+    bulk = at_lines(found, lines)
     row.contiguous_loads, row.contiguous_stores = _widths(bulk, "load"), _widths(bulk, "store")
     row.broken = list(broken_budgets(entry.budget, row, target))
     lost = {kind for kind, *_ in lines} - {access.kind for access in bulk}

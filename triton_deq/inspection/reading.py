@@ -65,6 +65,17 @@ def accesses(assembly: str) -> list[Access]:
     return found
 
 
+def at_lines(found: list[Access], lines: set[tuple[str, str, int]]) -> list[Access]:
+    """Those at these lines, which are as `lines_of` gives them.
+
+    LLVM may join the loads of several lines into one clause, whose line is then 0. Where none of a kind is at
+    its lines, it is those of line 0.
+    """
+    own = [access for access in found if (access.kind, access.file, access.line) in lines]
+    missing = {kind for kind, *_ in lines} - {access.kind for access in own}
+    return own + [access for access in found if access.kind in missing and access.line == 0]
+
+
 def _access(text: str) -> tuple[str, int] | None:
     if match := _PTX.search(text):
         vector = re.search(r"\.v(\d)", match[2])

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import backend as backends
 
 PROGRAMS = 2048
 """Enough programs to fill a large GPU several times; more would only repeat each sample's small solve."""
@@ -21,6 +24,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **constants, enable_fp_fusion=True)
+
+
+def kernels_serve(tensor: Tensor, backend: str, *others: Tensor | None, autocast: bool = False) -> bool:
+    """Whether the kernels can compute something differentiable of these tensors here, and should.
+
+    Inside torch.compile and in transforms the ordinary operators know what to do; under autocast too, unless
+    the op computes in the dtype it is given whatever autocast says.
+    """
+    if torch.compiler.is_compiling() or backends.choose(tensor, backend)[0] == "reference":
+        return False
+    kind = (tensor.dtype, tensor.device)
+    alike = all(other is None or (other.dtype, other.device) == kind for other in others)
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    cast = torch.is_autocast_enabled(tensor.device.type) and not autocast
+    return alike and tensor.numel() > 0 and not (transformed or cast)
 
 
 @dataclass(frozen=True)
@@ -61,3 +79,17 @@ def wide_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(dtype: torch.dtype) -> dict[str, Any]:
+    """The constants that say how entries are multiplied and added."""
+    import triton.language as tl
+
+    # The interpreter's arithmetic in bfloat16 is wrong; numbers of that kind are exact in float32.
+    operand = torch.float32 if dtype == torch.bfloat16 and backends.interpreting() else dtype
+    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+    return {
+        "TF32": dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        "OPERAND": names.get(operand, tl.float32),
+        "WIDE": wide_dtype(dtype),
+    }

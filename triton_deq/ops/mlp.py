@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import backend as backends
 from ..reference import mlp as reference
 from ..reference.activations import ACTIVATIONS, Activation
 from ..reference.record import Record, accumulate_dtype
 from .jacobian import probe, squared_norm_fwd
-from .launch import launch, next_power_of_2, wide_dtype
+from .launch import kernels_serve, launch, next_power_of_2, precision
 
 MOST_NORM = 512
 """The widest LayerNorm that one program's rows can hold."""
@@ -40,13 +38,8 @@ class Norm:
 
 def served(z: Tensor, activation: Activation, backend: str, *others: Tensor | None) -> bool:
     """Whether the kernels can compute a layer of these tensors here, and should."""
-    if torch.compiler.is_compiling() or backends.choose(z, backend)[0] == "reference":
-        return False
     known = activation == ACTIVATIONS.get(activation.name)  # equal, since a copied model has a copy of it
-    alike = all(other is None or (other.dtype, other.device) == (z.dtype, z.device) for other in others)
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    autocast = torch.is_autocast_enabled(z.device.type)
-    return known and alike and z.numel() > 0 and not (transformed or autocast)
+    return kernels_serve(z, backend, *others) and known
 
 
 def _fit(z: Tensor, weight: Tensor, u: Tensor) -> bool:
@@ -257,8 +250,8 @@ class Linearised:
     """The same cell's Jacobian J at a state, for `x ↦ x J + g`.
 
     weight, output, gain: as in `Layer`; gain `[N]` is the LayerNorm's. slope: `act′(a)` `[B, N]` or `[B, H]`.
-    normal: `[B, N]`, the LayerNorm's normalised value, and inverse `[B, 1]`, its 1/σ, in the accumulation
-    dtype; None without one.
+    normal: `[B, N]`, the LayerNorm's normalised value, and inverse `[B, 1]`, its 1/σ in the accumulation
+    dtype, as `norm` gives them; None without one.
     """
 
     weight: Tensor
@@ -318,14 +311,14 @@ def mlp_solve(
     adjoint = isinstance(cell, Linearised)
     if isinstance(cell, Linearised):
         shift, slope, name = cell.shift.contiguous(), cell.slope.contiguous(), "tanh"
-        normal = no_sums if cell.normal is None else cell.normal.contiguous()
+        normal = nothing if cell.normal is None else cell.normal.contiguous()
         inverse = no_sums if cell.inverse is None else cell.inverse.contiguous()
         gain, offset, epsilon = nothing if cell.gain is None else cell.gain.contiguous(), nothing, 0.0
         normed = cell.gain is not None
         scratch = torch.empty_like(x)
     else:
         shift, slope, name = cell.u.contiguous(), nothing, cell.activation.name
-        normal, inverse, scratch = no_sums, no_sums, nothing
+        normal, inverse, scratch = nothing, no_sums, nothing
         normed = cell.norm is not None
         gain = nothing if cell.norm is None else cell.norm.gain.contiguous()
         offset = nothing if cell.norm is None else cell.norm.offset.contiguous()
@@ -410,6 +403,7 @@ class MLPJacobianFunction(torch.autograd.Function):
             probes = torch.stack(
                 [probe(vectors[m], seed, m, ctx.distribution, "triton") for m in range(len(vectors))]
             )
+            z, weight, u = _aliases(z, weight, u)
             norms = reference.mlp_jacobian_norms(z, weight, u, probes, ctx.activation)
             leaves = [tensor for tensor in (z, weight, u) if tensor.requires_grad]
             found = iter(torch.autograd.grad(norms, leaves, grad, create_graph=True, materialize_grads=True))
@@ -514,7 +508,7 @@ def _by_operators(
     tensors: tuple[Tensor, Tensor, Tensor], activation: Activation, grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """`MLPFunction`'s gradients by ordinary operators, which can be differentiated."""
-    z, weight, u = tensors
+    tensors = z, weight, u = _aliases(*tensors)
     outputs = reference.mlp_and_slope(z, weight, u, activation)
     pairs = [
         (output, grad)
@@ -527,6 +521,14 @@ def _by_operators(
     values, given = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(values, leaves, given, create_graph=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in tensors)
+
+
+def _aliases(z: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with graph nodes of their own: where u depends on z, z's own gradient must not go by way of u.
+
+    The engine adds that part itself.
+    """
+    return z.view_as(z), weight.view_as(weight), u.view_as(u)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -559,20 +561,6 @@ def _tiles(
         "num_warps": 8 if block_b * block_n >= 8192 else 4,
     }
     return grid, {**constants, **precision(dtype)}
-
-
-def precision(dtype: torch.dtype) -> dict[str, Any]:
-    """The constants that say how entries are multiplied and added."""
-    import triton.language as tl
-
-    # The interpreter's arithmetic in bfloat16 is wrong; numbers of that kind are exact in float32.
-    operand = torch.float32 if dtype == torch.bfloat16 and backends.interpreting() else dtype
-    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
-    return {
-        "TF32": dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
-        "OPERAND": names.get(operand, tl.float32),
-        "WIDE": wide_dtype(dtype),
-    }
 
 
 def _kernels() -> ModuleType:

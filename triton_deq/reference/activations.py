@@ -1,6 +1,6 @@
 """Activations with their derivatives, which a vector-Jacobian product in closed form needs.
 
-The kernels know those of `ACTIVATIONS` by name, with their second derivatives: kernels/activations.py.
+The kernels know those of `ACTIVATIONS` by name, with their second derivatives: kernels/primitives.py.
 """
 
 import math

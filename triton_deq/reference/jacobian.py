@@ -45,6 +45,15 @@ def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype:
     return out.view(-1)[:total].view(shape)
 
 
+def uniform(shape: torch.Size, seed: Tensor) -> Tensor:
+    """Numbers of [0, 1) in float32 on the seed's device, from the upper 24 bits of the first word each.
+
+    seed: int64 `[1]`. The entry of flat index c is made from counter c of stream 0.
+    """
+    word = _philox(seed, torch.arange(math.prod(shape), device=seed.device), 0)[0]
+    return ((word >> 8).to(torch.float32) * 2.0**-24).view(shape)
+
+
 def squared_norm(rows: Tensor) -> Tensor:
     """`Σ_n v[b, n]²` as `[B]` in the accumulation dtype, for v `[B, N]`."""
     return rows.to(accumulate_dtype(rows.dtype)).square().sum(dim=1)

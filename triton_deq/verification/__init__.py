@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 
 from ..checks import parse_count
+from .attention import check_attention
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
 from .jacobian import check_probe, check_squared_norm
 from .mlp import check_mlp, check_mlp_probe, check_mlp_solve
+from .norm import check_norm
 from .solvers import check_anderson, check_broyden
 
 __all__ = [
@@ -30,10 +32,12 @@ __all__ = [
     "Case",
     "Row",
     "check_anderson",
+    "check_attention",
     "check_broyden",
     "check_mlp",
     "check_mlp_probe",
     "check_mlp_solve",
+    "check_norm",
     "check_probe",
     "check_squared_norm",
 ]
@@ -46,6 +50,8 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "mlp": check_mlp,
     "mlp_probe": check_mlp_probe,
     "mlp_solve": check_mlp_solve,
+    "attention": check_attention,
+    "norm": check_norm,
 }
 
 

@@ -117,8 +117,7 @@ def check_mlp_solve(case: Case) -> Iterator[Row]:
             at = z0.double().nan_to_num()
             slope, normal, inverse = wide.linearise(at)
         sums = torch.float64 if case.dtype == torch.float64 else torch.float32
-        normal, inverse = normal.to(sums), inverse.to(sums)
-        stored = slope.to(case.dtype)
+        stored, normal, inverse = slope.to(case.dtype), normal.to(case.dtype), inverse.to(sums)
         linear = op.Linearised(
             weight,
             output if hidden else None,

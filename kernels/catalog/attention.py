@@ -1,0 +1,170 @@
+"""The relative attention's kernels in the catalog."""
+
+from math import gcd
+from typing import Any
+
+from .. import attention as kernels
+from .entry import BYTES, Budget, Entry, Pointer, name_of
+from .mlp import precision_of, product_unit
+
+HEADS = 10
+
+
+def _entry(
+    kernel: str,
+    dtype: str,
+    note: str = "",
+    spilled: int = 0,
+    *,
+    batch: int = 14,
+    queries: int = 150,
+    memory: int = 150,
+    depth: int = 70,
+    window: int | None = None,
+    dropout: float = 0.0,
+    constants: dict[str, Any] | None = None,
+) -> Entry:
+    """q, k and v are views of one buffer `[B, T, 3 H d]`, as the Transformer cell has them.
+
+    By default the paper's cell on WikiText-103, a GPU's share of the batch.
+    """
+    state, wide = Pointer(dtype), Pointer("fp64" if dtype == "fp64" else "fp32")
+    row, size = HEADS * depth, BYTES[dtype]
+    part = row * size % 16 // size
+    fused = [
+        (offset, 3 * row * queries, 3 * row, depth) for offset in (0, part, 2 * part * size % 16 // size)
+    ]
+    fused = [
+        (offset, 0, *layout[2:]) if batch == 1 else layout for offset, layout in ((f[0], f) for f in fused)
+    ]
+    plain = (0, queries * row if batch > 1 else 0, row, depth)
+    kept = (0, memory * row if batch > 1 else 0, row, depth) if memory else None
+    positions = (0, 0, row, depth)
+    memories = [kept or fused[1], kept or fused[2]]
+    is_key = kernel == "attention_key_vjp"
+    vjp = kernel != "attention"
+    layouts = {
+        **({"vector_layout": plain} if vjp else {}),
+        "q_layout": fused[0],
+        **(
+            {"key_layout": fused[1], "value_layout": fused[2]}
+            if is_key
+            else {
+                "k_layout": fused[1],
+                "v_layout": fused[2],
+                "memory_key_layout": memories[0],
+                "memory_value_layout": memories[1],
+            }
+        ),
+        "position_layout": positions,
+    }
+    align = gcd(16 // size, *(number for layout in (*layouts.values(), *memories) for number in layout))
+    names = kernels_of(kernel)
+    values: dict[str, Any] = {
+        **{name: state for name in names if name.endswith("_ptr")},
+        **dict.fromkeys(("sums_ptr", "delta_ptr", "bias_gradients_ptr", "gradients_ptr"), wide),
+        "seed_ptr": Pointer("i64") if dropout else state,
+        **layouts,
+        "B": batch,
+        "H": HEADS,
+        "T": queries,
+        "M": memory,
+        "count": queries,
+        "before": memory,
+        "window": min(window or memory + queries, memory + queries),
+        "MEMORY": memory > 0,
+        "DROPOUT": dropout,
+        "SCALE": depth**-0.5,
+        "HEAD": (*_parts(depth), depth, align),
+        **precision_of(dtype),
+        **_tiles(kernel, dtype, memory + queries if kernel == "attention_position_vjp" else queries),
+        **(constants or {}),
+    }
+    options = {key: values.pop(key) for key in ("num_warps", "num_stages")}
+    return Entry(
+        op="attention",
+        name=name_of(kernel, dtype, note),
+        kernel=getattr(kernels, f"{kernel}_kernel"),
+        shape=(batch, queries * row),
+        arguments={name: values[name] for name in names},
+        contiguous=("q_ptr",),
+        traffic=_traffic,
+        work=_work,
+        budget=Budget(spilled, load=align * size, store=size, tensor_cores=dtype != "fp64"),
+        options={**options, "enable_fp_fusion": True},
+    )
+
+
+def kernels_of(kernel: str) -> list[str]:
+    """The names of a kernel's arguments."""
+    return list(getattr(kernels, f"{kernel}_kernel").arg_names)
+
+
+def _traffic(entry: Entry, batch: int, entries: int) -> int:
+    """Everything `[B, T, H, d]` and `[B, M, H, d]` once."""
+    values = entry.arguments
+    if "key_gradient_ptr" in values:
+        states, memories = 6, 0
+    elif "gradients_ptr" in values:
+        states, memories = 4, 2
+    else:
+        states, memories = (6 if "vector_ptr" in values else 4), 2
+    memory = entries // values["T"] * values["M"]
+    return batch * (states * entries + memories * memory) * BYTES[entry.dtype]
+
+
+def _work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
+    """The products of pairs that see each other: three for the value, five or six for a gradient."""
+    values = entry.arguments
+    queries, memory = values["T"], values["M"]
+    if "key_gradient_ptr" in values:
+        products, pairs = 5, queries * (queries + 1) // 2
+    else:
+        products = 3 if "vector_ptr" not in values else 4 if "gradients_ptr" in values else 5
+        pairs = queries * (queries + 1) // 2 + queries * memory
+    unit, times = product_unit(entry.dtype)
+    return {unit: times * 2 * products * batch * pairs * entries // queries}
+
+
+def _parts(depth: int) -> tuple[int, int]:
+    """As the op cuts a head's columns."""
+    whole = max(16, 1 << (depth - 1).bit_length())
+    rest = max(16, 1 << (depth - whole // 2 - 1).bit_length()) if depth > whole // 2 else whole
+    return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
+
+
+def _tiles(kernel: str, dtype: str, rows: int) -> dict[str, int]:
+    """As the op cuts a head into programs."""
+    most, warps = {"fp64": (16, 4), "fp32": (16, 1)}.get(dtype, (64, 8))
+    block = max(16, min(most, 1 << (rows - 1).bit_length()))
+    columns = "BLOCK_N" if kernel == "attention_position_vjp" else "BLOCK_K"
+    return {
+        "BLOCK_T": block,
+        columns: block,
+        "num_warps": warps if most == 16 else block // 8,
+        "num_stages": 1,
+    }
+
+
+_BIASES = {"BIASES": True}
+_PLAIN = {"BIASES": False}
+
+ENTRIES = (
+    _entry("attention", "bf16"),
+    _entry("attention", "fp32"),
+    _entry("attention", "bf16", "dropout", dropout=0.1),
+    _entry("attention", "fp16", "odd d", batch=3, queries=37, memory=0, depth=35, window=20),
+    _entry("attention", "fp64", "small", batch=2, queries=20, memory=17, depth=16),
+    _entry("attention_query_vjp", "bf16", constants=_PLAIN),
+    _entry("attention_query_vjp", "fp32", constants=_PLAIN),
+    _entry("attention_query_vjp", "bf16", "dropout,biases", dropout=0.1, constants=_BIASES),
+    _entry("attention_query_vjp", "fp32", "biases", constants=_BIASES),
+    _entry(
+        "attention_query_vjp", "fp64", "small", batch=2, queries=20, memory=17, depth=16, constants=_BIASES
+    ),
+    _entry("attention_key_vjp", "bf16"),
+    _entry("attention_key_vjp", "fp32"),
+    _entry("attention_key_vjp", "fp16", "odd d", batch=3, queries=37, memory=0, depth=35, window=20),
+    _entry("attention_position_vjp", "bf16", constants={"parts": 14}),
+    _entry("attention_position_vjp", "fp32", constants={"parts": 14}),
+)

@@ -1,0 +1,116 @@
+"""The residual LayerNorm's kernels in the catalog."""
+
+from typing import Any
+
+import triton.language as tl
+
+from .. import norm as kernels
+from .entry import BYTES, Budget, Entry, Pointer, name_of, unit_of
+
+
+def _norm(dtype: str, rows: int, width: int, per: int, note: str = "", *, recorded: bool = False) -> Entry:
+    """Of x, a branch and its mask, one row for per rows; recorded: n and 1/σ are written too."""
+    pointers = ("x_ptr", "branch_ptr", "value_ptr", *(("normal_ptr",) if recorded else ()))
+    others = ("mask_ptr", "gain_ptr", "offset_ptr", "normal_ptr")
+    wide = Pointer("fp64" if dtype == "fp64" else "fp32")
+    tensors = 4 if recorded else 3
+    return Entry(
+        op="norm",
+        name=name_of("norm", dtype, width, note),
+        kernel=kernels.norm_kernel,
+        shape=(rows, width),
+        arguments={
+            **dict.fromkeys((*pointers, *others), Pointer(dtype)),
+            "inverse_ptr": wide if recorded else Pointer(dtype),
+            "B": rows,
+            "per": per,
+            "D": width,
+            "X_STRIDE": width,
+            "BRANCH_STRIDE": width,
+            "BRANCH": True,
+            "MASK": True,
+            "GAIN": True,
+            "NORMAL": recorded,
+            "INVERSE": recorded,
+            "EPSILON": 1e-5,
+            **_tiles(dtype, width),
+        },
+        contiguous=pointers,
+        traffic=lambda entry, rows, width: (tensors * rows + rows // per + 2) * width * BYTES[entry.dtype],
+        work=lambda entry, rows, width: {unit_of(entry): 11 * rows * width},
+        budget=_budget(dtype, width),
+        options=_options(width),
+    )
+
+
+def _norm_vjp(dtype: str, rows: int, width: int, per: int, note: str = "", *, general: bool = False) -> Entry:
+    """A product; general: as the backward pass of all three results, with the gradient of a masked branch."""
+    pointers = ("vector_ptr", "normal_ptr", "out_ptr", *(("shift_ptr", "branch_out_ptr") if general else ()))
+    others = ("shift_ptr", "gain_ptr", "mask_ptr", "branch_out_ptr")
+    wide = Pointer("fp64" if dtype == "fp64" else "fp32")
+    tensors = 5 if general else 3
+    return Entry(
+        op="norm",
+        name=name_of("norm_vjp", dtype, width, note),
+        kernel=kernels.norm_vjp_kernel,
+        shape=(rows, width),
+        arguments={
+            **dict.fromkeys((*pointers, *others), Pointer(dtype)),
+            **dict.fromkeys(("bend_ptr", "inverse_ptr"), wide),
+            "R": rows,
+            "B": rows,
+            "per": per if general else 1,
+            "D": width,
+            "VECTOR_STRIDE": width,
+            "GAIN": True,
+            "SHIFT": general,
+            "BEND": general,
+            "MASK": general,
+            **_tiles(dtype, width),
+        },
+        contiguous=pointers,
+        traffic=lambda entry, rows, width: (tensors * rows + 1) * width * BYTES[entry.dtype],
+        work=lambda entry, rows, width: {unit_of(entry): 9 * rows * width},
+        budget=_budget(dtype, width),
+        options=_options(width),
+    )
+
+
+def _tiles(dtype: str, width: int) -> dict[str, Any]:
+    """As the ops cut rows into programs."""
+    block = max(16, 1 << (width - 1).bit_length())
+    block = block if block <= 8192 else 4096
+    return {
+        "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
+        "ROWS": max(1, 1024 // block),
+        "BLOCK": block,
+    }
+
+
+def _options(width: int) -> dict[str, Any]:
+    block = _tiles("fp32", width)["BLOCK"]
+    return {"num_warps": min(max(2, block // 512), 16), "enable_fp_fusion": True}
+
+
+def _budget(dtype: str, width: int) -> Budget:
+    """As wide as a row's alignment lets it be: the width is a constant that the compiler knows."""
+    access = min(16, BYTES[dtype] * (width & -width))
+    return Budget(load=access, store=access)
+
+
+ENTRIES = (
+    _norm("fp32", 2100, 700, 150),
+    _norm("bf16", 2100, 700, 150),
+    _norm("bf16", 4096, 1024, 512),
+    _norm("fp32", 4096, 1024, 512, "recorded", recorded=True),
+    _norm("fp16", 33, 1001, 11, "odd D"),
+    _norm("fp64", 128, 256, 16),
+    _norm("fp32", 64, 16384, 16, "loop", recorded=True),
+    _norm_vjp("fp32", 2100, 700, 150),
+    _norm_vjp("bf16", 2100, 700, 150),
+    _norm_vjp("bf16", 4096, 1024, 512, "general", general=True),
+    _norm_vjp("fp32", 4096, 1024, 512, "general", general=True),
+    _norm_vjp("fp16", 33, 1001, 11, "odd D"),
+    _norm_vjp("fp64", 128, 256, 16),
+    _norm_vjp("fp32", 64, 16384, 16, "loop", general=True),
+)

@@ -1,0 +1,399 @@
+"""LayerNorm of a residual sum `x + m ⊙ y`, and its vector-Jacobian product: a row is read once.
+
+The formulas stand in triton_deq/reference/norm.py. Widths and strides are constants: so the compiler knows
+how rows are aligned, and a model has few of them.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import standardise_centred, standardise_vjp
+
+
+@triton.jit
+def terms(
+    x_ptr,
+    branch_ptr,
+    mask_ptr,
+    rows,
+    columns,
+    inside,
+    per,
+    D: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    BRANCH_STRIDE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """x and m ⊙ y at rows and columns; the arguments are those of `norm_kernel`."""
+    x = tl.load(x_ptr + rows[:, None] * X_STRIDE + columns[None, :], mask=inside, other=0).to(WIDE)
+    branch = tl.zeros_like(x)
+    if BRANCH:
+        tile = rows[:, None] * BRANCH_STRIDE + columns[None, :]
+        branch = tl.load(branch_ptr + tile, mask=inside, other=0).to(WIDE)
+        if MASK:
+            tile = (rows // per)[:, None] * D + columns[None, :]
+            branch *= tl.load(mask_ptr + tile, mask=inside, other=0).to(WIDE)
+    return x, branch
+
+
+@triton.jit
+def write_value(
+    normal,
+    gain_ptr,
+    offset_ptr,
+    value_ptr,
+    normal_ptr,
+    rows,
+    columns,
+    inside,
+    D: tl.constexpr,
+    GAIN: tl.constexpr,
+    NORMAL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`γ ⊙ n + β` and n."""
+    tile = rows[:, None] * D + columns[None, :]
+    value = normal
+    if GAIN:
+        gain = tl.load(gain_ptr + columns, mask=columns < D, other=0).to(WIDE)
+        offset = tl.load(offset_ptr + columns, mask=columns < D, other=0).to(WIDE)
+        value = normal * gain[None, :] + offset[None, :]
+    tl.store(value_ptr + tile, value, mask=inside)
+    if NORMAL:
+        tl.store(normal_ptr + tile, normal, mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "per"])
+def norm_kernel(
+    x_ptr,
+    branch_ptr,
+    mask_ptr,
+    gain_ptr,
+    offset_ptr,
+    value_ptr,
+    normal_ptr,
+    inverse_ptr,
+    B,
+    per,
+    D: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    BRANCH_STRIDE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    MASK: tl.constexpr,
+    GAIN: tl.constexpr,
+    NORMAL: tl.constexpr,
+    INVERSE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`γ ⊙ n + β` with `n = (s − mean(s)) / σ` of the rows `s = x + m ⊙ y`; on request n and 1/σ.
+
+    x, branch y: [B, D], rows X_STRIDE and BRANCH_STRIDE apart    mask m: [B / per, D], each for per rows
+    gain γ, offset β: [D]    value, normal: [B, D]    inverse: [B], of dtype WIDE
+    A row wider than BLOCK is read three times, by ROWS = 1.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = rows < B
+    if D <= BLOCK:
+        columns = tl.arange(0, BLOCK)
+        inside = present[:, None] & (columns < D)[None, :]
+        x, branch = terms(
+            x_ptr,
+            branch_ptr,
+            mask_ptr,
+            rows,
+            columns,
+            inside,
+            per,
+            D,
+            X_STRIDE,
+            BRANCH_STRIDE,
+            BRANCH,
+            MASK,
+            WIDE,
+        )
+        # The mean is taken from x first, which is nearly exact: x + y would round y as coarsely as a large x.
+        mean = tl.sum(x + branch, axis=1) / D
+        normal, inverse = standardise_centred((x - mean[:, None]) + branch, inside, D, EPSILON)
+        write_value(
+            normal,
+            gain_ptr,
+            offset_ptr,
+            value_ptr,
+            normal_ptr,
+            rows,
+            columns,
+            inside,
+            D,
+            GAIN,
+            NORMAL,
+            WIDE,
+        )
+    else:
+        total = tl.zeros([ROWS, BLOCK], dtype=WIDE)
+        for start in range(0, D, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = present[:, None] & (columns < D)[None, :]
+            x, branch = terms(
+                x_ptr,
+                branch_ptr,
+                mask_ptr,
+                rows,
+                columns,
+                inside,
+                per,
+                D,
+                X_STRIDE,
+                BRANCH_STRIDE,
+                BRANCH,
+                MASK,
+                WIDE,
+            )
+            total += x + branch
+        mean = tl.sum(total, axis=1) / D
+        total = tl.zeros([ROWS, BLOCK], dtype=WIDE)
+        squares = tl.zeros([ROWS, BLOCK], dtype=WIDE)
+        for start in range(0, D, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = present[:, None] & (columns < D)[None, :]
+            x, branch = terms(
+                x_ptr,
+                branch_ptr,
+                mask_ptr,
+                rows,
+                columns,
+                inside,
+                per,
+                D,
+                X_STRIDE,
+                BRANCH_STRIDE,
+                BRANCH,
+                MASK,
+                WIDE,
+            )
+            centred = tl.where(inside, (x - mean[:, None]) + branch, 0)
+            total += centred
+            squares += centred * centred
+        rest = tl.sum(total, axis=1) / D  # the mean's rounding: of squares so small a difference is exact
+        variance = tl.sum(squares, axis=1) / D - rest * rest
+        inverse = 1 / tl.sqrt(tl.where(variance < 0, 0, variance) + EPSILON)  # NaN stays
+        for start in range(0, D, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = present[:, None] & (columns < D)[None, :]
+            x, branch = terms(
+                x_ptr,
+                branch_ptr,
+                mask_ptr,
+                rows,
+                columns,
+                inside,
+                per,
+                D,
+                X_STRIDE,
+                BRANCH_STRIDE,
+                BRANCH,
+                MASK,
+                WIDE,
+            )
+            normal = ((x - mean[:, None]) + branch - rest[:, None]) * inverse[:, None]
+            write_value(
+                normal,
+                gain_ptr,
+                offset_ptr,
+                value_ptr,
+                normal_ptr,
+                rows,
+                columns,
+                inside,
+                D,
+                GAIN,
+                NORMAL,
+                WIDE,
+            )
+    if INVERSE:
+        tl.store(inverse_ptr + rows, inverse, mask=present)
+
+
+@triton.jit
+def gradient_and_normal(
+    vector_ptr,
+    shift_ptr,
+    normal_ptr,
+    gain_ptr,
+    rows,
+    normal_rows,
+    columns,
+    inside,
+    D: tl.constexpr,
+    VECTOR_STRIDE: tl.constexpr,
+    GAIN: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The gradient in n, `γ ⊙ v` plus shift, and n; the arguments are those of `norm_vjp_kernel`."""
+    tile = rows[:, None] * VECTOR_STRIDE + columns[None, :]
+    g = tl.load(vector_ptr + tile, mask=inside, other=0).to(WIDE)
+    if GAIN:
+        g *= tl.load(gain_ptr + columns, mask=columns < D, other=0).to(WIDE)[None, :]
+    if SHIFT:
+        g += tl.load(shift_ptr + rows[:, None] * D + columns[None, :], mask=inside, other=0).to(WIDE)
+    tile = normal_rows[:, None] * D + columns[None, :]
+    return g, tl.load(normal_ptr + tile, mask=inside, other=0).to(WIDE)
+
+
+@triton.jit
+def write_gradient(
+    value,
+    mask_ptr,
+    out_ptr,
+    branch_out_ptr,
+    rows,
+    normal_rows,
+    columns,
+    inside,
+    per,
+    D: tl.constexpr,
+    MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The gradient in x, and with MASK that in y."""
+    tile = rows[:, None] * D + columns[None, :]
+    tl.store(out_ptr + tile, value, mask=inside)
+    if MASK:
+        mask_tile = (normal_rows // per)[:, None] * D + columns[None, :]
+        mask = tl.load(mask_ptr + mask_tile, mask=inside, other=0).to(WIDE)
+        tl.store(branch_out_ptr + tile, value * mask, mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "B", "per"])
+def norm_vjp_kernel(
+    vector_ptr,
+    shift_ptr,
+    bend_ptr,
+    normal_ptr,
+    inverse_ptr,
+    gain_ptr,
+    mask_ptr,
+    out_ptr,
+    branch_out_ptr,
+    R,
+    B,
+    per,
+    D: tl.constexpr,
+    VECTOR_STRIDE: tl.constexpr,
+    GAIN: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BEND: tl.constexpr,
+    MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`(g − mean(g) − n mean(g n)) / σ − bend · n / (σ² D)`, `g = γ ⊙ v + shift`; with MASK m ⊙ that too.
+
+    vector v: [R, D], rows VECTOR_STRIDE apart, R a multiple of B    shift, the gradient in n: [R, D]
+    bend, the gradient in 1/σ: [R]    normal n: [B, D]    inverse 1/σ: [B], of dtype WIDE as bend
+    gain γ: [D]    mask m: [B / per, D], each for per rows    out, branch_out: [R, D]
+    A row wider than BLOCK is read twice, by ROWS = 1.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = rows < R
+    normal_rows = rows % B
+    inverse = tl.load(inverse_ptr + normal_rows, mask=present, other=0)
+    bend = tl.zeros_like(inverse)
+    if BEND:
+        bend = tl.load(bend_ptr + rows, mask=present, other=0)
+    if D <= BLOCK:
+        columns = tl.arange(0, BLOCK)
+        inside = present[:, None] & (columns < D)[None, :]
+        g, normal = gradient_and_normal(
+            vector_ptr,
+            shift_ptr,
+            normal_ptr,
+            gain_ptr,
+            rows,
+            normal_rows,
+            columns,
+            inside,
+            D,
+            VECTOR_STRIDE,
+            GAIN,
+            SHIFT,
+            WIDE,
+        )
+        value = standardise_vjp(g, normal, inverse, bend, D)
+        write_gradient(
+            value,
+            mask_ptr,
+            out_ptr,
+            branch_out_ptr,
+            rows,
+            normal_rows,
+            columns,
+            inside,
+            per,
+            D,
+            MASK,
+            WIDE,
+        )
+    else:
+        total = tl.zeros([ROWS, BLOCK], dtype=WIDE)
+        products = tl.zeros([ROWS, BLOCK], dtype=WIDE)
+        for start in range(0, D, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = present[:, None] & (columns < D)[None, :]
+            g, normal = gradient_and_normal(
+                vector_ptr,
+                shift_ptr,
+                normal_ptr,
+                gain_ptr,
+                rows,
+                normal_rows,
+                columns,
+                inside,
+                D,
+                VECTOR_STRIDE,
+                GAIN,
+                SHIFT,
+                WIDE,
+            )
+            total += g
+            products += g * normal
+        mean = tl.sum(total, axis=1) / D
+        along = (tl.sum(products, axis=1) + bend * inverse) / D
+        for start in range(0, D, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = present[:, None] & (columns < D)[None, :]
+            g, normal = gradient_and_normal(
+                vector_ptr,
+                shift_ptr,
+                normal_ptr,
+                gain_ptr,
+                rows,
+                normal_rows,
+                columns,
+                inside,
+                D,
+                VECTOR_STRIDE,
+                GAIN,
+                SHIFT,
+                WIDE,
+            )
+            write_gradient(
+                inverse[:, None] * (g - mean[:, None] - normal * along[:, None]),
+                mask_ptr,
+                out_ptr,
+                branch_out_ptr,
+                rows,
+                normal_rows,
+                columns,
+                inside,
+                per,
+                D,
+                MASK,
+                WIDE,
+            )

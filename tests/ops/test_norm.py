@@ -1,0 +1,351 @@
+"""The residual LayerNorm and its product: kernels against float64, float64 against PyTorch and autograd."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import layer_norm
+
+from triton_deq.ops import norm as op
+from triton_deq.reference import norm as reference
+from triton_deq.verification import BOUNDS, Case, check_norm
+from triton_deq.verification.case import relative_error
+
+kernels = pytest.mark.kernels
+
+
+def assert_within_bounds(rows):
+    over = [row for row in rows if not row.passed]
+    assert not over, "\n".join(map(str, over))
+
+
+def tensors(batch=2, length=3, width=5, dtype=torch.float64, device="cpu"):
+    """x, a branch, a mask that a sequence shares, gain, offset; all with gradients."""
+    shapes = ((batch, length, width), (batch, length, width), (batch, 1, width), (width,), (width,))
+    return tuple(torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 16), (5, 37), (2, 700)], ids=str)
+def test_kernels_match_the_reference(shape, dtype, device):
+    assert_within_bounds(check_norm(Case(getattr(torch, dtype), shape, torch.device(device), seed=1)))
+
+
+@kernels
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_any_strides(layout, device):
+    assert_within_bounds(check_norm(Case(torch.float32, (3, 37), torch.device(device), 6, layout)))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_wider_than_a_program(dtype, monkeypatch, device):
+    monkeypatch.setattr(op, "MOST_BLOCK", 32)
+    monkeypatch.setattr(op, "BLOCK", 16)
+    assert_within_bounds(check_norm(Case(getattr(torch, dtype), (3, 50), torch.device(device), seed=2)))
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_value_is_pytorchs(width, backend, device):
+    x, branch, mask, gain, offset = tensors(width=width, device=device)
+    total = x + mask * branch
+    value, normal, inverse = op.norm(x, branch, mask, gain, offset, 1e-3, backend)
+    torch.testing.assert_close(value, layer_norm(total, (width,), gain, offset, 1e-3))
+    torch.testing.assert_close(normal, layer_norm(total, (width,), eps=1e-3))
+    deviation = (total.var(-1, correction=0, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(inverse, 1 / deviation)
+    with torch.no_grad():
+        out = torch.full_like(x, math.nan)
+        for place in (out, torch.full_like(x, math.nan).mT.contiguous().mT):
+            assert op.norm_value(x, branch, mask, gain, offset, 1e-3, backend, place) is place
+            torch.testing.assert_close(place, value)
+        for found, wanted in zip(
+            op.norm(x, branch, mask, gain, offset, 1e-3, backend), (value, normal, inverse), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("given", ["x", "branch", "gain"])
+def test_what_is_left_out(given, backend, device):
+    x, branch, _, gain, offset = tensors(device=device)
+    if given == "gain":
+        value, normal, _ = op.norm(x, None, None, gain, offset, backend=backend)
+        torch.testing.assert_close(value, layer_norm(x, (5,), gain, offset))
+        torch.testing.assert_close(normal, layer_norm(x, (5,)))
+        return
+    given_branch = branch if given == "branch" else None
+    value, normal, _ = op.norm(x, given_branch, backend=backend)
+    assert value is normal
+    torch.testing.assert_close(value, layer_norm(x if given_branch is None else x + branch, (5,)))
+
+
+@pytest.mark.parametrize(
+    "shape", [(5,), (1, 1, 5), (2, 1, 5), (1, 3, 5), (3, 5), (2, 3, 5), (2, 1, 1)], ids=str
+)
+def test_masks_that_broadcast(shape, backend, device):
+    x, branch, *_ = tensors(device=device)
+    mask = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    value, *_ = op.norm(x, branch, mask, backend=backend)
+    wanted = layer_norm(x + mask * branch, (5,))
+    torch.testing.assert_close(value, wanted)
+    vector = torch.randn_like(value)
+    found = torch.autograd.grad(value, (branch, mask), vector)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, (branch, mask), vector))
+
+
+def test_first_and_second_derivatives(backend, device):
+    """Of all that `norm` returns in all that it takes."""
+    given = tensors(length=2, width=3, device=device)
+
+    def norm(*tensors):
+        return op.norm(*tensors, backend=backend)
+
+    assert gradcheck(norm, given)
+    assert gradgradcheck(norm, given)
+
+
+def test_derivatives_without_gain(backend, device):
+    """There value and n are one tensor."""
+    given = tensors(batch=1, width=3, device=device)[:2]
+
+    def norm(*tensors):
+        value, normal, inverse = op.norm(*tensors, backend=backend)
+        return value * normal.exp(), inverse
+
+    assert gradcheck(norm, given)
+    assert gradgradcheck(norm, given)
+
+
+@pytest.mark.parametrize("given", [1, 2, 3, 5])
+def test_the_value_alone(given, backend, device):
+    """With its gradients, and in the dtype of x also where the parameters have another."""
+    tensors_given = tensors(device=device)[:given]
+    vector = torch.randn(2, 3, 5, dtype=torch.float64, device=device)
+    (value, *found), (wanted, *expected) = (
+        (value, *torch.autograd.grad(value, tensors_given, vector))
+        for value in (
+            op.norm_value(*tensors_given, backend=backend),
+            op.norm(*tensors_given, backend="reference")[0],
+        )
+    )
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(found, expected)
+    narrow = op.norm_value(tensors_given[0].float(), *tensors_given[1:], backend=backend)
+    torch.testing.assert_close(narrow, wanted.float())
+
+
+@kernels
+@pytest.mark.parametrize("asked", ["value", "normal", "inverse"])
+def test_the_gradient_of_each_result_alone(asked, device):
+    given = tensors(device=device)
+    found, wanted = (
+        torch.autograd.grad(
+            dict(zip(("value", "normal", "inverse"), results, strict=True))[asked].square().sum(),
+            given,
+            materialize_grads=True,
+        )
+        for results in (op.norm(*given, backend="triton"), reference.norm(*given))
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+@kernels
+@pytest.mark.parametrize("twice", [False, True])
+def test_derivatives_where_some_are_not_asked_for(twice, device):
+    given = tensors(device=device)
+    vector = torch.randn(2, 3, 5, dtype=torch.float64, device=device)
+    for asked in itertools.product((False, True), repeat=5):
+        if not any(asked):
+            continue
+        leaves = [tensor.detach().requires_grad_(wish) for tensor, wish in zip(given, asked, strict=True)]
+        wishes = [leaf for leaf in leaves if leaf.requires_grad]
+        found, wanted = (
+            torch.autograd.grad(value, wishes, vector, create_graph=twice)
+            for value in (op.norm(*leaves, backend="triton")[0], reference.norm(*leaves)[0])
+        )
+        torch.testing.assert_close(found, wanted)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_gradients_of_parameters(dtype, device):
+    given = tensors(4, 5, 37, getattr(torch, dtype), device)
+    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+    vector = torch.randn(4, 5, 37, dtype=given[0].dtype, device=device)
+    found = torch.autograd.grad(op.norm(*given, backend="triton")[0], given, vector)
+    wanted = torch.autograd.grad(reference.norm(*wide)[0], wide, vector.double())
+    for out, expected in zip(found, wanted, strict=True):
+        assert out.dtype == given[0].dtype
+        assert relative_error(out, expected) <= BOUNDS[dtype]
+
+
+def test_product_is_autograds_and_differentiable(backend, device):
+    x, _, _, gain, offset = tensors(width=4, device=device)
+    value, normal, inverse = op.norm(x, None, None, gain, offset, backend=backend)
+    vectors = torch.randn(2, *x.shape, dtype=torch.float64, device=device, requires_grad=True)
+    with torch.no_grad():
+        products = op.norm_vjp(vectors, normal, inverse, gain, backend)
+    for vector, product in zip(vectors, products, strict=True):
+        (expected,) = torch.autograd.grad(value, x, vector.detach(), retain_graph=True)
+        torch.testing.assert_close(product, expected)
+
+    def product_of(*tensors):
+        return op.norm_vjp(*tensors, backend=backend)
+
+    given = [tensor[..., :1, :].detach().requires_grad_() for tensor in (vectors, normal, inverse)]
+    assert gradcheck(product_of, (*given, gain))
+    assert gradgradcheck(product_of, (*given, gain))
+    assert gradcheck(product_of, given)
+
+
+def test_a_penalty_on_the_product(backend, device):
+    """Its gradient in x passes through n and 1/σ; that of a vector that depends on them, once."""
+    x, _, _, gain, offset = tensors(device=device)
+    grads = []
+    for norm, norm_vjp in (
+        (lambda *a: op.norm(*a, backend=backend), lambda *a: op.norm_vjp(*a, backend=backend)),
+        (reference.norm, reference.norm_vjp),
+    ):
+        _, normal, inverse = norm(x, None, None, gain, offset)
+        penalty = norm_vjp(normal.sin(), normal, inverse, gain).square().sum()
+        first = torch.autograd.grad(penalty, (x, gain), create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), (x, gain))
+        grads.append((*first, *second))
+    torch.testing.assert_close(*grads)
+
+
+@kernels
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_large_means_cost_no_accuracy(blocks, monkeypatch, device):
+    if blocks == "many":
+        monkeypatch.setattr(op, "MOST_BLOCK", 32)
+        monkeypatch.setattr(op, "BLOCK", 16)
+    x, branch = 1e4 + torch.randn(3, 70, device=device), torch.randn(3, 70, device=device)
+    found = op.norm(x, branch, backend="triton")
+    wanted = reference.norm(x.double(), branch.double())
+    assert max(map(relative_error, found, wanted)) <= BOUNDS["float32"]
+    constant, *_ = op.norm(torch.full_like(x, 1e4 / 3), backend="triton")
+    assert constant.abs().max() < 1e-3
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_errs_at_most_twice_as_much_as_pytorch(dtype, device):
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter truncates where it should round to bfloat16")
+    x, _, _, gain, offset = (tensor.detach() for tensor in tensors(2, 8, 60, dtype, device))
+    wanted = layer_norm(x.double(), (60,), gain.double(), offset.double())
+    ours = (op.norm_value(x, None, None, gain, offset, backend="triton").double() - wanted).norm()
+    theirs = (layer_norm(x, (60,), gain, offset).double() - wanted).norm()
+    assert ours <= 2 * theirs
+
+
+@kernels
+def test_rows_far_apart(device):
+    """Neither the sums nor a gradient needs rows to lie one after another."""
+    wide = torch.randn(4, 3, 12, device=device)
+    x, branch = wide[..., :5], wide[..., 7:].requires_grad_()
+    value, *_ = op.norm(x, branch, backend="triton")
+    wanted = layer_norm(x + branch, (5,))
+    torch.testing.assert_close(value, wanted)
+    for vector in (wide[..., 6:11].detach(), torch.ones((), device=device).expand(4, 3, 5)):
+        (found,) = torch.autograd.grad(value, branch, vector, retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, branch, vector, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)], ids=str)
+def test_empty_batches(shape, backend, device):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    gain = torch.ones(5, device=device, requires_grad=True)
+    value, normal, inverse = op.norm(x, x, x[:, :1], gain, gain, backend=backend)
+    assert (value.shape, normal.shape, inverse.shape) == (shape, shape, (*shape[:2], 1))
+    assert op.norm_vjp(value, normal, inverse, gain, backend).shape == shape
+    value.sum().backward()
+    assert not gain.grad.any()
+
+
+def test_nan_stays_in_its_row(backend, device):
+    x, branch, mask, gain, offset = (tensor.detach() for tensor in tensors(device=device))
+    x[0, 1, 2], branch[1, 2, 0] = math.nan, math.inf
+    results = op.norm(x, branch, mask, gain, offset, backend=backend)
+    bad = [[False, True, False], [False, False, True]]
+    for result in results:
+        assert (~result.isfinite()).any(-1).tolist() == bad
+    assert (~op.norm_vjp(x.nan_to_num(), *results[1:], gain, backend).isfinite()).any(-1).tolist() == bad
+
+
+@kernels
+def test_same_bits_every_time_and_however_many_rows(device):
+    x, branch, mask, gain, offset = tensors(4, 3, 20, torch.float32, device)
+    first, second = (op.norm(x, branch, mask, gain, offset, backend="triton") for _ in range(2))
+    alone = op.norm(x[2:3], branch[2:3], mask[2:3], gain, offset, backend="triton")
+    for one, other, some in zip(first, second, alone, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one[2:3], some)
+
+
+@kernels
+def test_transforms_and_wider_dtypes_take_ordinary_operators(monkeypatch, device):
+    x, branch, mask, gain, offset = tensors(dtype=torch.float32, device=device)
+    wanted, *_ = op.norm(x, branch, mask, gain, offset, backend="triton")
+    monkeypatch.setattr(op, "norm_fwd", None)
+    single = torch.func.vmap(lambda x, y, m: op.norm(x, y, m, gain, offset)[0])(x, branch, mask)
+    torch.testing.assert_close(single, wanted)
+    torch.testing.assert_close(op.norm(x, branch, mask, gain.double(), offset.double())[0], wanted)
+    norm = torch.compile(lambda *a: op.norm(*a)[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(norm(x, branch, mask, gain, offset), wanted)
+
+
+X = torch.ones(2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: op.norm(X, epsilon=0.0), ValueError, r"epsilon=0.0 is outside \(0, ∞\)"),
+        (lambda: op.norm_value(X, epsilon=math.inf), ValueError, "epsilon=inf is outside"),
+        (lambda: op.norm(X, epsilon="1"), TypeError, "epsilon='1' must be a number"),
+        (lambda: op.norm(X.int()), TypeError, r"x has dtype torch.int32.*x\.float\(\)"),
+        (lambda: op.norm(torch.ones(())), ValueError, r"x has shape \(\).*\[\.\.\., D\]"),
+        (lambda: op.norm(X[..., :0]), ValueError, "D ≥ 1"),
+        (lambda: op.norm(X, X[:1]), ValueError, r"branch has shape \(1, 3, 5\), x has \(2, 3, 5\)"),
+        (lambda: op.norm(X, None, X), ValueError, "without a branch"),
+        (
+            lambda: op.norm(X, X, X[:, :2]),
+            ValueError,
+            r"mask has shape \(2, 2, 5\), which does not broadcast",
+        ),
+        (lambda: op.norm(X, X, X[None]), ValueError, r"mask has shape \(1, 2, 3, 5\)"),
+        (lambda: op.norm(X, gain=X[0, 0]), ValueError, "gain was given and offset=None"),
+        (lambda: op.norm(X, offset=X[0, 0]), ValueError, "offset was given and gain=None"),
+        (lambda: op.norm(X, gain=X[0, 0, :4], offset=X[0, 0]), ValueError, r"gain has shape \(4,\).*\(5,\)"),
+        (lambda: op.norm(X, gain=X[0, 0], offset=X[0]), ValueError, r"offset has shape \(3, 5\).*\(5,\)"),
+        (lambda: op.norm_vjp(X[:1], X, X[..., :1]), ValueError, r"vector has shape \(1, 3, 5\), normal has"),
+        (lambda: op.norm_vjp(X, X, X), ValueError, r"inverse has shape \(2, 3, 5\).*\(2, 3, 1\)"),
+        (lambda: op.norm_vjp(X, X, X[..., :1], X), ValueError, r"gain has shape \(2, 3, 5\)"),
+        (lambda: op.norm(X, backend="cuda"), ValueError, "backend='cuda' is unknown"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_narrower_branch_is_widened_also_under_autocast(backend, device):
+    """The state stays in float32 under autocast, and the branch comes from a product in bfloat16."""
+    x, branch = torch.randn(4, 6, device=device), torch.randn(4, 6, device=device).bfloat16()
+    leaves = [x.requires_grad_(), branch.requires_grad_()]
+    wanted, _, _ = reference.norm(x.double(), branch.double())
+    with torch.autocast(device, torch.bfloat16):
+        value, normal, inverse = op.norm(x, branch, backend=backend)
+        product = op.norm_vjp(torch.ones_like(x), normal, inverse, backend=backend)
+    assert (value.dtype, product.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(value, wanted.float())
+    vector = torch.randn_like(value)
+    found = torch.autograd.grad(value, leaves, vector)
+    expected = torch.autograd.grad(wanted, leaves, vector.double())
+    assert [grad.dtype for grad in found] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(found[0], expected[0].float())

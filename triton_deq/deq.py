@@ -26,11 +26,13 @@ class DEQOutput:
         value: the equilibrium, differentiable in the cell's parameters and in x.
         solution: how the solve went.
         penalty: a scalar to add to the loss; zero without a `JacobianPenalty`, or while not training.
+        injection: u, what the cell made of x.
     """
 
     value: Tensor
     solution: Solution
     penalty: Tensor
+    injection: Any
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class DEQ(nn.Module):
                 penalty = self.penalty(f, solution.value, self.backend)
         else:
             penalty = value.new_zeros(())
-        return DEQOutput(value, solution, penalty)
+        return DEQOutput(value, solution, penalty, u)
 
     def _initial_state(self, u: Any) -> Tensor:
         initial_state: Any = getattr(self.cell, "initial_state", None)

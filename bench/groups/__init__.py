@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ..cases import Case, Setting
-from . import ceilings, kernels, penalty, solve, step, training
+from . import ceilings, kernels, language, penalty, solve, step, training
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "ceilings": ceilings.cases,
@@ -12,4 +12,5 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "kernels": kernels.cases,
     "penalty": penalty.cases,
     "training": training.cases,
+    "language": language.cases,
 }

@@ -26,7 +26,9 @@ def case_of(*variants: Variant) -> Case:
 
 def test_an_unknown_group_lists_the_groups(capsys):
     assert main(["run", "--group", "speed"]) == 2
-    assert "choose from ceilings, step, solve, kernels, penalty, training" in capsys.readouterr().err
+    assert (
+        "choose from ceilings, step, solve, kernels, penalty, training, language" in capsys.readouterr().err
+    )
 
 
 def test_every_group_gives_rows(tmp_path, monkeypatch):

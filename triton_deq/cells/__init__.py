@@ -2,5 +2,6 @@
 
 from ..reference.activations import Activation
 from .mlp import MLPCell
+from .transformer import Memory, TransformerCell
 
-__all__ = ["Activation", "MLPCell"]
+__all__ = ["Activation", "MLPCell", "Memory", "TransformerCell"]

@@ -1,0 +1,401 @@
+"""The Transformer cell: relative attention and feed-forward, with the input injected into q, k and v."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm as normalise_weight
+
+from ..checks import check_count, check_number
+from ..ops.attention import Context, Evaluated, attention, attention_evaluated, attention_vjp, with_mask
+from ..ops.norm import norm, norm_value, norm_vjp
+from .layers import does_as
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q, k and v, `[B, T, H, d]` each."""
+
+
+class Memory(NamedTuple):
+    """What a segment leaves to the next, without gradients: all that keys and values are made of.
+
+    Attributes:
+        value: `[B, M, D]`, the fixed points of the last M tokens.
+        injection: `[B, M, 2·H·d]`, what was injected into their keys and values; None in a cell without.
+    """
+
+    value: Tensor
+    injection: Tensor | None
+
+
+class Weights(NamedTuple):
+    """The matrices of a solve: weight normalisation and autocast's casts are done once for all steps."""
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Masks(NamedTuple):
+    """Variational dropout (Gal & Ghahramani, arXiv 1506.02142): one mask for all tokens and steps.
+
+    Each is 0 or 1/(1 − p): attention and output `[B, 1, D]`, inner `[B, 1, inner]`.
+    """
+
+    attention: Tensor
+    inner: Tensor
+    output: Tensor
+
+
+class TransformerInjection(NamedTuple):
+    """u, all that does not depend on z.
+
+    Attributes:
+        qkv: `[B, T, 3·H·d]`, added to q, k and v; None in a cell without injection.
+        context: what the attention reads beside q, k and v.
+        weights: the matrices.
+        masks: of the dropout, or None.
+        shape: of z.
+    """
+
+    qkv: Tensor | None
+    context: Context
+    weights: Weights
+    masks: Masks | None
+    shape: tuple[int, int, int]
+
+
+class TransformerCell(nn.Module):
+    """A Transformer-XL layer as a DEQ's f: relative attention with memory, then feed-forward.
+
+    With `A(n) = attention(n W_qkv + U x + b) W_out + b_out` and `F(s) = relu(s W_up + b_up) W_down + b_down`:
+    `s = LN(z + m ⊙ A(z))`, `z⁺ = LN(s + m ⊙ F(s))`; or with `pre_norm` `s = LN(z + m ⊙ A(LN(z)))` and
+    `z⁺ = s + m ⊙ F(s)`. As in the authors' code the norms have no gain or offset, and the residual of the
+    feed-forward starts at the normalised s (arXiv 1909.01377, section 4.1; arXiv 2106.14342, section 5.2).
+
+    Args:
+        width: D, even.
+        heads: H.
+        inner: width of the feed-forward.
+        head_width: d; by default D / H.
+        pre_norm: where the norms stand.
+        dropout: probability of the variational masks m, in [0, 1), while training: behind A, behind F, behind
+            the relu, and one for the position encodings.
+        attention_dropout: probability for entries of the attention's softmax, also fixed for a whole solve.
+        window: how many tokens back a query sees, itself included; None for all.
+        weight_norm: `w = g v / ‖v‖` for every matrix of f (torch's parametrization).
+        injected: False leaves `U x + b` out, for a stack of cells with weights of their own.
+        init_std: matrices and biases of the attention start from N(0, init_std²), other biases at 0.
+
+    Shapes: z `[B, T, D]`. `inject(x)` takes the embedded tokens `[B, T, D]`, or `(tokens, memory)` with the
+    `Memory` of the segment before, or None. The samples of a batch are its sequences.
+
+    The cell knows its vector-Jacobian product in closed form (`vjp`), so a backward solve needs no autograd
+    engine, and the Jacobian penalty no double backward.
+
+    Raises:
+        TypeError, ValueError: an argument outside its range; tokens, z or a memory of another width or batch;
+            a layer that was replaced or has a hook: the cell reads weights and does not call its layers.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        inner: int,
+        head_width: int | None = None,
+        *,
+        pre_norm: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        window: int | None = None,
+        weight_norm: bool = False,
+        injected: bool = True,
+        init_std: float = 0.01,
+    ):
+        super().__init__()
+        check_count("width", width)
+        check_count("heads", heads)
+        check_count("inner", inner)
+        if width % 2:
+            raise ValueError(f"width={width} must be even: half of a position's encoding are sines")
+        if head_width is None:
+            if width % heads:
+                raise ValueError(
+                    f"width={width} cannot be cut into heads={heads}: give head_width, or a width that "
+                    f"is a multiple of {heads}"
+                )
+            head_width = width // heads
+        check_count("head_width", head_width)
+        for name, probability in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            check_number(name, probability, 0, 1)
+            if probability == 1:
+                raise ValueError(f"{name}={probability!r} drops everything: pick a number in [0, 1)")
+        if window is not None:
+            check_count("window", window)
+        check_number("init_std", init_std, 0)
+        self.width, self.heads, self.head_width = width, heads, head_width
+        self.pre_norm = pre_norm
+        self.dropout, self.attention_dropout = dropout, attention_dropout
+        self.window = window
+
+        across = heads * head_width
+        self.qkv = nn.Linear(width, 3 * across, bias=False)
+        self.positions = nn.Linear(width, across, bias=False)
+        self.content_bias = nn.Parameter(torch.empty(heads, head_width))
+        self.position_bias = nn.Parameter(torch.empty(heads, head_width))
+        self.out = nn.Linear(across, width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.injection = nn.Linear(width, 3 * across) if injected else None
+        self.reset_parameters(init_std)
+        if weight_norm:
+            for layer in (self.qkv, self.positions, self.out, self.up, self.down):
+                normalise_weight(layer)
+
+    def reset_parameters(self, init_std: float) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, 0, init_std)
+
+    # ------------------------------------------------------------------------------- once a solve
+
+    def inject(self, x: Any) -> TransformerInjection:
+        """u from the embedded tokens `[B, T, D]`, or from `(tokens, memory)`."""
+        tokens, memory = x if isinstance(x, tuple) else (x, None)
+        self._check(tokens, memory)
+        weights = self._weights(tokens.device.type)
+        batch, length, _ = tokens.shape
+        keys, values = self._of_memory(memory, weights)
+        reach = length + (0 if keys is None else keys.shape[1])
+        context = Context(
+            self._positions(reach, tokens.device).to(weights.qkv.dtype),
+            self.content_bias.to(weights.qkv.dtype),
+            self.position_bias.to(weights.qkv.dtype),
+            keys,
+            values,
+            self.window,
+            self.attention_dropout if self._drops_attention else 0.0,
+            torch.randint(2**63 - 1, (1,), device=tokens.device) if self._drops_attention else None,
+        )
+        context = with_mask(context, (batch, length))
+        qkv = None if self.injection is None else self.injection(tokens)
+        return TransformerInjection(qkv, context, weights, self._masks(tokens), (batch, length, self.width))
+
+    def memory(self, value: Tensor, u: TransformerInjection, before: Memory | None, length: int) -> Memory:
+        """The last `length` tokens of the memory before and of this segment's fixed points."""
+        injection = None if u.qkv is None else u.qkv[..., self.heads * self.head_width :]
+        if before is not None:
+            value = torch.cat([before.value, value], dim=1)
+            if injection is not None and before.injection is not None:
+                injection = torch.cat([before.injection.to(injection.dtype), injection], dim=1)
+        kept = max(value.shape[1] - length, 0)
+        return Memory(value[:, kept:].detach(), None if injection is None else injection[:, kept:].detach())
+
+    def initial_state(self, u: TransformerInjection) -> Tensor:
+        """Zeros, `[B, T, D]`."""
+        return self.content_bias.new_zeros(u.shape)
+
+    def select(self, u: TransformerInjection, samples: Tensor) -> TransformerInjection:
+        """u for these samples of the batch alone."""
+        if u.context.dropout:
+            raise ValueError(
+                f"attention_dropout={u.context.dropout} draws by a sample's place in the batch, which "
+                "compact changes: leave compact out while training, or set attention_dropout=0"
+            )
+        keys, values = u.context.memory_keys, u.context.memory_values
+        context = u.context._replace(
+            memory_keys=None if keys is None else keys[samples],
+            memory_values=None if values is None else values[samples],
+        )
+        masks = None if u.masks is None else Masks(*(mask[samples] for mask in u.masks))
+        qkv = None if u.qkv is None else u.qkv[samples]
+        return u._replace(qkv=qkv, context=context, masks=masks, shape=(len(samples), *u.shape[1:]))
+
+    def _weights(self, device: str) -> Weights:
+        """The matrices as the products take them: autocast would cast them anew at every step."""
+        for name in ("qkv", "out", "up", "down", "positions"):
+            if not does_as(nn.Linear, getattr(self, name)):
+                raise TypeError(
+                    f"the layer {name!r} of the cell was replaced or has a hook, and the cell reads its "
+                    "weight without calling it: change the weight by torch.nn.utils.parametrize instead"
+                )
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return Weights(*(layer.weight if cast is None else layer.weight.to(cast) for layer in self._products))
+
+    @property
+    def _products(self) -> tuple[nn.Linear, ...]:
+        return self.qkv, self.out, self.up, self.down
+
+    def _of_memory(self, memory: Memory | None, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values `[B, M, H, d]` of the memory, which are the same in every step."""
+        if memory is None or memory.value.shape[1] == 0:
+            return None, None
+        value = norm(memory.value)[0] if self.pre_norm else memory.value
+        made = functional.linear(value, weights.qkv[self.heads * self.head_width :])
+        if memory.injection is not None:
+            made = made + memory.injection.to(made.dtype)
+        keys, values = made.unflatten(-1, (2, self.heads, self.head_width)).unbind(2)
+        return keys, values
+
+    def _positions(self, reach: int, device: torch.device) -> Tensor:
+        """The keys `[reach, H, d]` of the distances 0, 1, …: sines and cosines through a matrix."""
+        distance = torch.arange(reach, device=device, dtype=torch.float32)
+        even = torch.arange(0, self.width, 2, device=device, dtype=torch.float32)
+        angle = distance[:, None] * 10000.0 ** (-even / self.width)
+        encoding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.content_bias.dtype)
+        if self.training and self.dropout:
+            encoding = encoding * _mask((1, self.width), self.dropout, encoding)
+        return functional.linear(encoding, self.positions.weight).unflatten(-1, (self.heads, self.head_width))
+
+    @property
+    def _drops_attention(self) -> bool:
+        return self.training and self.attention_dropout > 0
+
+    def _masks(self, tokens: Tensor) -> Masks | None:
+        if not (self.training and self.dropout):
+            return None
+        widths = (self.width, self.up.out_features, self.width)
+        like = self.content_bias
+        return Masks(*(_mask((len(tokens), 1, width), self.dropout, like) for width in widths))
+
+    # ------------------------------------------------------------------------------- every step
+
+    def forward(self, z: Tensor, u: TransformerInjection) -> Tensor:
+        """The next state `[B, T, D]` from z and `u = inject(x)`."""
+        return self._evaluate(z, u, norm_value)[0]
+
+    def write(self, z: Tensor, u: TransformerInjection, out: Tensor) -> None:
+        """The next state into `out`; without gradients."""
+        if does_as(TransformerCell, self):
+            self._evaluate(z, u, norm_value, out)
+        else:
+            out.copy_(self.forward(z, u))
+
+    @property
+    def vjp(self) -> Callable[[Tensor, Any], tuple[Tensor, Callable[[Tensor], Tensor]]] | None:
+        """`(z, u) ↦ (value, ε ↦ εᵀJ)` for ε `[..., B, T, D]`, or None in a subclass with its own forward."""
+        return self._vjp if does_as(TransformerCell, self) else None
+
+    def _vjp(self, z: Tensor, u: TransformerInjection) -> tuple[Tensor, "Pullback"]:
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def keeping(*given: Any, out: None = None) -> Tensor:
+            value, *rest = norm(*given)
+            kept.append((rest[0], rest[1]))
+            return value
+
+        value, heads, inner = self._evaluate(z, u, keeping)
+        first = kept.pop(0) if self.pre_norm else None
+        middle, *last = kept
+        # What all products share is computed once.
+        evaluated = attention_evaluated(*heads, u.context)
+        return value, Pullback(u, heads, inner, first, middle, last[0] if last else None, z.dtype, evaluated)
+
+    def _evaluate(
+        self, z: Tensor, u: TransformerInjection, normed: Callable[..., Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor, Heads, Tensor]:
+        """The value, q, k and v, and what is behind the relu; `normed` is a LayerNorm of a residual sum."""
+        if z.shape != u.shape:
+            raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {u.shape}: give z that shape")
+        masks = (None, None, None) if u.masks is None else u.masks
+        heads = self._heads(normed(z) if self.pre_norm else z, u)
+        mixed = attention(*heads, u.context)
+        branch = functional.linear(mixed.flatten(2), u.weights.out, self.out.bias)
+        s = normed(z, branch, masks[0])
+
+        inner = functional.linear(s, u.weights.up, self.up.bias)
+        inner = (inner if masks[1] is None else inner.mul_(masks[1])).relu_()  # the mask is not negative
+        branch = functional.linear(inner, u.weights.down, self.down.bias)
+        if not self.pre_norm:
+            return normed(s, branch, masks[2], out=out), heads, inner
+        branch = branch if masks[2] is None else branch * masks[2]
+        return torch.add(s, branch, out=out), heads, inner
+
+    def _heads(self, n: Tensor, u: TransformerInjection) -> Heads:
+        """q, k and v `[B, T, H, d]`, views of one product."""
+        if u.qkv is None:
+            product = functional.linear(n, u.weights.qkv)
+        else:
+            product = torch.addmm(u.qkv.flatten(0, 1), n.flatten(0, 1), u.weights.qkv.mT)
+        q, k, v = product.view(*n.shape[:2], 3, self.heads, self.head_width).unbind(2)
+        return q, k, v
+
+    def _check(self, tokens: Any, memory: Any) -> None:
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3 or tokens.shape[-1] != self.width:
+            given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"x is {given}: give the embedded tokens as a tensor [B, T, {self.width}]")
+        if memory is None:
+            return
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory is a {type(memory).__name__}: give the cell's Memory, or None")
+        if memory.value.dim() != 3 or memory.value.shape[::2] != tokens.shape[::2]:
+            raise ValueError(
+                f"memory.value has shape {tuple(memory.value.shape)}: it must be [{len(tokens)}, M, "
+                f"{self.width}] for tokens of shape {tuple(tokens.shape)}"
+            )
+        wanted = (
+            None if self.injection is None else (*memory.value.shape[:2], 2 * self.heads * self.head_width)
+        )
+        found = None if memory.injection is None else tuple(memory.injection.shape)
+        if found != wanted:
+            raise ValueError(f"memory.injection has shape {found}: this cell needs {wanted}")
+
+    def extra_repr(self) -> str:
+        place = "pre" if self.pre_norm else "post"
+        return f"{self.heads} heads of {self.head_width}, {place}-norm, window={self.window}"
+
+
+def _mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
+    """0 with the probability, else 1 / (1 − probability)."""
+    kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - probability)
+    return kept / (1 - probability)
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """`ε ↦ εᵀJ` of a `TransformerCell` at a state, `[..., B, T, D]`; differentiable.
+
+    first, middle, last: the norms' `(n, 1/σ)`, None where there is no such norm. inner: behind the relu.
+    """
+
+    u: TransformerInjection
+    heads: Heads
+    inner: Tensor
+    first: tuple[Tensor, Tensor] | None
+    middle: tuple[Tensor, Tensor]
+    last: tuple[Tensor, Tensor] | None
+    dtype: torch.dtype
+    evaluated: Evaluated | None
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        if vector.dim() == 3:
+            return self._one(vector)
+        return torch.stack([self._one(each) for each in vector.flatten(0, -4)]).view(vector.shape)
+
+    def _one(self, vector: Tensor) -> Tensor:
+        weights, masks = self.u.weights, self.u.masks
+        at_s = vector if self.last is None else norm_vjp(vector, *self.last)
+        of_branch = at_s if masks is None else at_s * masks.output
+        of_inner = _times(of_branch, weights.down)
+        of_inner = of_inner if masks is None else of_inner * masks.inner
+        at_s = at_s + _times(torch.where(self.inner > 0, of_inner, 0), weights.up).to(at_s.dtype)
+
+        at_z = norm_vjp(at_s, *self.middle)
+        of_branch = at_z if masks is None else at_z * masks.attention
+        of_mixed = _times(of_branch, weights.out).view(self.heads[0].shape)
+        of_heads = attention_vjp(of_mixed, *self.heads, self.u.context, evaluated=self.evaluated)
+        of_n = _times(torch.stack(of_heads, dim=2).flatten(2), weights.qkv)
+        if self.first is not None:
+            of_n = norm_vjp(of_n.to(at_z.dtype), *self.first)
+        return (at_z + of_n).to(self.dtype)
+
+
+def _times(vector: Tensor, weight: Tensor) -> Tensor:
+    """In the weight's dtype: a forward under autocast has a backward that is not."""
+    return vector.to(weight.dtype) @ weight

@@ -1,0 +1,127 @@
+"""Adaptive embedding and softmax over one set of word vectors: rare words have short ones.
+
+Grave et al., "Efficient softmax approximation for GPUs", arXiv 1609.04309; Baevski & Auli, "Adaptive input
+representations", arXiv 1809.10853.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..checks import check_count
+
+
+class AdaptiveEmbedding(nn.Module):
+    """`√D · E_i[token] P_i` for a token of cluster i, whose vectors E_i have D / div_value^i entries.
+
+    Args:
+        vocabulary: V, the number of words; a word's id is its rank by frequency.
+        width: D.
+        cutoffs: the ids at which clusters 1, 2, … begin, rising; at least one.
+        div_value: by how much the vectors shrink from cluster to cluster.
+
+    Shapes: tokens int64 `[...]` in 0 … V − 1, and `[..., D]` out.
+
+    Raises:
+        TypeError, ValueError: cut-offs that do not rise within the vocabulary, or clusters without a vector.
+    """
+
+    def __init__(self, vocabulary: int, width: int, cutoffs: tuple[int, ...], div_value: int = 1):
+        super().__init__()
+        check_count("vocabulary", vocabulary)
+        check_count("width", width)
+        check_count("div_value", div_value)
+        for cutoff in cutoffs:
+            check_count("cutoffs", cutoff)
+        self.bounds = (0, *cutoffs, vocabulary)
+        if not cutoffs or any(low >= high for low, high in pairwise(self.bounds)):
+            raise ValueError(
+                f"cutoffs={tuple(cutoffs)!r} must be at least one id, rising from above 0 to below "
+                f"vocabulary={vocabulary}"
+            )
+        widths = [width // div_value**cluster for cluster in range(len(self.bounds) - 1)]
+        if widths[-1] == 0:
+            raise ValueError(
+                f"width={width} cannot be divided by div_value={div_value} {len(cutoffs)} times: give fewer "
+                "cutoffs or a smaller div_value"
+            )
+        self.width = width
+        self.clusters = nn.ModuleList(
+            Cluster(high - low, each, width)
+            for (low, high), each in zip(pairwise(self.bounds), widths, strict=True)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        total: Any = 0
+        for cluster, low in zip(self.clusters, self.bounds, strict=False):
+            total = total + cluster(tokens - low)
+        return total * self.width**0.5
+
+
+class Cluster(nn.Module):
+    """Word vectors E `[words, entries]` and their way P `[entries, D]` to the model's width."""
+
+    def __init__(self, words: int, entries: int, width: int):
+        super().__init__()
+        self.words = nn.Embedding(words, entries)
+        self.projection = nn.Linear(width, entries, bias=False)
+
+    def forward(self, at: Tensor) -> Tensor:
+        """`E[at] P`, and zeros where `at` is none of the cluster's words."""
+        # All tokens are embedded, so that the host need not wait for how many belong here.
+        count = self.words.num_embeddings
+        vectors = self.words(at.clamp(0, count - 1)) @ self.projection.weight
+        return torch.where(((at >= 0) & (at < count))[..., None], vectors, 0)
+
+
+class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
+    """torch's adaptive softmax on the word vectors of an `AdaptiveEmbedding`, with biases.
+
+    The tails share the embedding's projections; the head has one of its own, as in the authors' code.
+    `forward(hidden [N, D], targets [N])` gives `.output`, the targets' log-probabilities `[N]`.
+    """
+
+    def __init__(self, embedding: AdaptiveEmbedding):
+        *cutoffs, vocabulary = embedding.bounds[1:]
+        # The layers that it makes are replaced.
+        super().__init__(embedding.width, vocabulary, cutoffs, div_value=1, device="meta")
+        first, *rest = embedding.clusters
+        self.head: Any = Head(first, embedding.width, self.n_clusters)
+        self.tail = nn.ModuleList(Tail(cluster) for cluster in rest)
+
+
+class Head(nn.Module):
+    """Logits of the most frequent words and of the clusters: `(h P) [E; C]ᵀ + b`."""
+
+    def __init__(self, cluster: Any, width: int, clusters: int):
+        super().__init__()
+        self.words = cluster.words
+        words, entries = self.words.weight.shape
+        self.projection = nn.Linear(width, entries, bias=False)
+        self.clusters = nn.Linear(entries, clusters)
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = torch.cat([self.words.weight, self.clusters.weight])
+        bias = torch.cat([self.bias, self.clusters.bias])
+        return _wide(functional.linear(self.projection(hidden), weight, bias))
+
+
+class Tail(nn.Module):
+    """Logits of a cluster's words: `(h Pᵀ) Eᵀ + b`."""
+
+    def __init__(self, cluster: Any):
+        super().__init__()
+        self.words, self.projection = cluster.words, cluster.projection
+        self.bias = nn.Parameter(torch.zeros(len(self.words.weight)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _wide(functional.linear(self.projection(hidden), self.words.weight, self.bias))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32, also where autocast has made them narrower: softmaxes are taken of them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -80,9 +80,11 @@ def both_at(memory_ptr, memory_layout, ptr, layout, sample, head, M, HEAD: tl.co
 def load_keys(both, rows, limit, M, HEAD: tl.constexpr, MEMORY: tl.constexpr):
     """Of a head's M rows in memory and the current ones after them, all of one kind; those before `limit`."""
     if MEMORY:
-        ptr = tl.where(limit <= M, both[0], both[2])
-        stride = tl.where(limit <= M, both[1], both[3])
-        return load_rows(ptr, stride, rows, limit, HEAD)
+        if limit <= M:
+            keys = load_rows(both[0], both[1], rows, limit, HEAD)
+        else:
+            keys = load_rows(both[2], both[3], rows, limit, HEAD)
+        return keys
     else:
         return load_rows(both[2], both[3], rows, limit, HEAD)
 
@@ -224,31 +226,17 @@ def masked(products, i, j, distance, T, limit, window, SCALE: tl.constexpr):
 
 
 @triton.jit
-def scores(
-    content, position, keys, r, i, j, nearest, T, M, limit, window,
-    SCALE: tl.constexpr, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """S of queries i and keys j, which are i + M − j apart.
-
-    content, position: the biased queries. r: rows of positions from the distance `nearest` on.
-    """
-    distance = i[:, None] + M - j[None, :]
-    products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
-    products += inner(content, keys, TF32, OPERAND, WIDE)
-    return masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
-
-
-@triton.jit
 def kept(seed_ptr, line, i, j, T, R, DROPOUT: tl.constexpr, WIDE: tl.constexpr):
     """The dropout mask K of a tile; line: b · H + h; j counts from the first key in memory, as everywhere."""
     if DROPOUT == 0:
         return tl.full((), 1.0, WIDE)
-    entries = (line.to(tl.int64) * T + i) * R + j
-    low = entries.to(tl.uint32)
-    none = tl.zeros_like(low)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, (entries >> 32).to(tl.uint32), none, none)
-    number = (word >> 8).to(tl.float32) * 5.9604644775390625e-8
-    return tl.where(number >= DROPOUT, 1.0, 0.0).to(WIDE) / (1 - DROPOUT)
+    else:
+        entries = (line.to(tl.int64) * T + i) * R + j
+        low = entries.to(tl.uint32)
+        none = tl.zeros_like(low)
+        word, _, _, _ = tl.philox(tl.load(seed_ptr), low, (entries >> 32).to(tl.uint32), none, none)
+        number = (word >> 8).to(tl.float32) * 5.9604644775390625e-8
+        return tl.where(number >= DROPOUT, 1.0, 0.0).to(WIDE) / (1 - DROPOUT)
 
 
 @triton.jit
@@ -370,25 +358,12 @@ def attention_kernel(
         start, limit = keys_of(block, T, M, BLOCK_K)
         j = start + key_lanes
         nearest = first + M - start - (BLOCK_K - 1)
-        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
         r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        score = scores(
-            content,
-            position,
-            keys,
-            r,
-            i,
-            j,
-            nearest,
-            T,
-            M,
-            limit,
-            window,
-            SCALE,
-            TF32,
-            OPERAND,
-            WIDE,
-        )
+        distance = i[:, None] + M - j[None, :]
+        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
+        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
+        products += inner(content, keys, TF32, OPERAND, WIDE)
+        score = masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
         raised = tl.maximum(highest, tl.max(score, axis=1))
         level = tl.where(raised == float("-inf"), 0, raised)  # nothing seen yet
         weights = tl.exp(score - level[:, None])
@@ -489,25 +464,12 @@ def attention_query_vjp_kernel(
         start, limit = keys_of(block, T, M, BLOCK_K)
         j = start + key_lanes
         nearest = first + M - start - (BLOCK_K - 1)
-        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
         r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        score = scores(
-            content,
-            position,
-            keys,
-            r,
-            i,
-            j,
-            nearest,
-            T,
-            M,
-            limit,
-            window,
-            SCALE,
-            TF32,
-            OPERAND,
-            WIDE,
-        )
+        distance = i[:, None] + M - j[None, :]
+        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
+        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
+        products += inner(content, keys, TF32, OPERAND, WIDE)
+        score = masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
         values = load_keys(value_source, j, limit, M, HEAD, MEMORY)
         of_weights = inner(vector, values, TF32, OPERAND, WIDE)
         weights = tl.exp(score - sums[:, None])
@@ -619,23 +581,10 @@ def attention_key_vjp_kernel(
         position = biased(q, position_bias_ptr, head, HEAD, OPERAND, WIDE)
         nearest = first + M - start - (BLOCK_K - 1)
         r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        score = scores(
-            content,
-            position,
-            keys,
-            r,
-            i,
-            j,
-            nearest,
-            T,
-            M,
-            before + count,
-            window,
-            SCALE,
-            TF32,
-            OPERAND,
-            WIDE,
-        )
+        distance = i[:, None] + M - j[None, :]
+        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
+        products += inner(content, keys, TF32, OPERAND, WIDE)
+        score = masked(products, i[:, None], j[None, :], distance, T, before + count, window, SCALE)
         vector = load_rows(vector_ptr, vector_layout[2], i, T, HEAD)
         of_weights = inner(vector, values, TF32, OPERAND, WIDE)
         sums = tl.load(sums_ptr + i, mask=i < T, other=0)
@@ -733,13 +682,13 @@ def attention_position_vjp_kernel(
             q = load_rows(at_head(q_ptr, q_layout, sample, head, HEAD), q_layout[2], i, T, HEAD)
             content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
             position = biased(q, position_bias_ptr, head, HEAD, OPERAND, WIDE)
-            vector = load_rows(vector_head, vector_layout[2], i, T, HEAD)
             leftmost = first + M - closest - (BLOCK_N - 1)
             keys = load_mixed(key_source, leftmost + window_lanes, T, M, HEAD, MEMORY)
             j = i[:, None] + M - distance[None, :]
             products = shift(inner(content, keys, TF32, OPERAND, WIDE), j, leftmost)
             products += inner(position, r, TF32, OPERAND, WIDE)
             score = masked(products, i[:, None], j, distance[None, :], T, M + T, window, SCALE)
+            vector = load_rows(vector_head, vector_layout[2], i, T, HEAD)
             values = load_mixed(value_source, leftmost + window_lanes, T, M, HEAD, MEMORY)
             of_weights = shift(inner(vector, values, TF32, OPERAND, WIDE), j, leftmost)
             sums = tl.load(sums_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
@@ -836,11 +785,12 @@ def attention_jvp_kernel(
         start, limit = keys_of(block, T, M, BLOCK_K)
         j = start + key_lanes
         nearest = first + M - start - (BLOCK_K - 1)
-        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
         r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        score = scores(
-            content, position, keys, r, i, j, nearest, T, M, limit, window, SCALE, TF32, OPERAND, WIDE
-        )
+        distance = i[:, None] + M - j[None, :]
+        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
+        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
+        products += inner(content, keys, TF32, OPERAND, WIDE)
+        score = masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
         weights = tl.exp(score - sums[:, None])
         mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
         b = load_rows(b_ptr + offset, H * HEAD[2], j - M, T, HEAD)

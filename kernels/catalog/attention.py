@@ -62,7 +62,9 @@ def _entry(
     names = kernels_of(kernel)
     values: dict[str, Any] = {
         **{name: state for name in names if name.endswith("_ptr")},
-        **dict.fromkeys(("sums_ptr", "delta_ptr", "bias_gradients_ptr", "gradients_ptr"), wide),
+        **dict.fromkeys(
+            ("sums_ptr", "delta_ptr", "bias_gradients_ptr", "gradients_ptr", "mean_ptr", "balance_ptr"), wide
+        ),
         "seed_ptr": Pointer("i64") if dropout else state,
         **layouts,
         "B": batch,
@@ -146,25 +148,34 @@ def _tiles(kernel: str, dtype: str, rows: int) -> dict[str, int]:
     }
 
 
-_BIASES = {"BIASES": True}
-_PLAIN = {"BIASES": False}
+_SMALL: dict[str, Any] = {"batch": 2, "queries": 20, "memory": 17, "depth": 16}
+_ODD: dict[str, Any] = {"batch": 3, "queries": 37, "memory": 0, "depth": 35, "window": 20}
+_BIASES = {"BIASES": True, "SECOND": False}
+_PLAIN = {"BIASES": False, "SECOND": False}
+_FIRST = {"SECOND": False}
+_SECOND = {"SECOND": True}
 
 ENTRIES = (
     _entry("attention", "bf16"),
     _entry("attention", "fp32"),
     _entry("attention", "bf16", "dropout", dropout=0.1),
-    _entry("attention", "fp16", "odd d", batch=3, queries=37, memory=0, depth=35, window=20),
-    _entry("attention", "fp64", "small", batch=2, queries=20, memory=17, depth=16),
+    _entry("attention", "fp16", "odd d", **_ODD),
+    _entry("attention", "fp64", "small", **_SMALL),
     _entry("attention_query_vjp", "bf16", constants=_PLAIN),
     _entry("attention_query_vjp", "fp32", constants=_PLAIN),
     _entry("attention_query_vjp", "bf16", "dropout,biases", dropout=0.1, constants=_BIASES),
-    _entry("attention_query_vjp", "fp32", "biases", constants=_BIASES),
-    _entry(
-        "attention_query_vjp", "fp64", "small", batch=2, queries=20, memory=17, depth=16, constants=_BIASES
-    ),
-    _entry("attention_key_vjp", "bf16"),
-    _entry("attention_key_vjp", "fp32"),
-    _entry("attention_key_vjp", "fp16", "odd d", batch=3, queries=37, memory=0, depth=35, window=20),
-    _entry("attention_position_vjp", "bf16", constants={"parts": 14}),
-    _entry("attention_position_vjp", "fp32", constants={"parts": 14}),
+    _entry("attention_query_vjp", "bf16", "second", constants=_BIASES | _SECOND),
+    _entry("attention_query_vjp", "fp32", "second", constants=_BIASES | _SECOND),
+    _entry("attention_query_vjp", "fp64", "small", constants=_BIASES, **_SMALL),
+    _entry("attention_key_vjp", "bf16", constants=_FIRST),
+    _entry("attention_key_vjp", "fp32", constants=_FIRST),
+    _entry("attention_key_vjp", "fp16", "odd d", constants=_FIRST, **_ODD),
+    _entry("attention_key_vjp", "bf16", "second", constants=_SECOND),
+    _entry("attention_key_vjp", "fp32", "second", constants=_SECOND),
+    _entry("attention_position_vjp", "bf16", constants={"parts": 14} | _FIRST),
+    _entry("attention_position_vjp", "fp32", constants={"parts": 10} | _FIRST),
+    _entry("attention_position_vjp", "bf16", "second", constants={"parts": 14} | _SECOND),
+    _entry("attention_jvp", "bf16"),
+    _entry("attention_jvp", "fp32"),
+    _entry("attention_jvp", "fp64", "small", **_SMALL),
 )

@@ -23,7 +23,7 @@ from triton_deq.training import checkpoint as checkpoints
 @pytest.fixture(autouse=True)
 def _not_interpreted(monkeypatch):
     """What kernels compute is others' to test; here they would take minutes."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("triton_deq.backend.interpreting", lambda: False)
 
 
 @dataclass(frozen=True)

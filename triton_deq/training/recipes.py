@@ -32,10 +32,10 @@ RECIPES = {
     "tiny": Recipe(
         batch=16,
         options=TrainingOptions(
-            steps=600,
-            pretrain_steps=150,
-            warmup_steps=30,
-            lr=2e-3,
+            steps=800,
+            pretrain_steps=200,
+            warmup_steps=40,
+            lr=1e-3,
             clip=1.0,
             validate_every=100,
             checkpoint_every=100,

@@ -239,15 +239,19 @@ def call_attention(entry: Entry, device: str) -> None:
     )
     evaluated = attention.Evaluated(torch.zeros_like(q, memory_format=torch.contiguous_format), sums)
     given = attention.Given(q, k, v, context, evaluated.value)
-    kernel = entry.name.split("[")[0]
+    kernel, tangents = entry.name.split("[")[0], None
+    if values.get("SECOND"):
+        tangents = attention.Tangents(*(evaluated.value,) * 3, sums, sums)
     if kernel == "attention":
         attention.attention_fwd(q, k, v, context)
     elif kernel == "attention_query_vjp":
-        attention.query_gradient(given, evaluated, values["BIASES"])
+        attention.query_gradient(given, evaluated, values["BIASES"], tangents)
     elif kernel == "attention_key_vjp":
-        attention.key_gradients(given, evaluated, sums, memory=False)
+        attention.key_gradients(given, evaluated, sums, memory=False, tangents=tangents)
+    elif kernel == "attention_position_vjp":
+        attention.position_gradient(given, evaluated, sums, tangents)
     else:
-        attention.position_gradient(given, evaluated, sums)
+        attention.derivative(given, evaluated, *(evaluated.value,) * 3)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

@@ -87,7 +87,13 @@ def cases(setting: Setting) -> Iterator[Case]:
                 )
                 yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
 
-    for kernel in ("attention", "attention_query_vjp", "attention_key_vjp", "attention_position_vjp"):
+    for kernel in (
+        "attention",
+        "attention_query_vjp",
+        "attention_key_vjp",
+        "attention_position_vjp",
+        "attention_jvp",
+    ):
         make, peer = partial(_attention, kernel), partial(_attention_torch, kernel)
         for shape in (GPU_ATTENTIONS if setting.gpu else ATTENTIONS)[setting.scale]:
             for dtype in dtypes:
@@ -486,6 +492,7 @@ def _attention(kernel: str, randn, batch: int, queries: int, backend: str) -> Ca
         "attention_query_vjp": lambda: op.query_gradient(given, evaluated, biases=False),
         "attention_key_vjp": lambda: op.key_gradients(given, evaluated, delta, memory=False),
         "attention_position_vjp": lambda: op.position_gradient(given, evaluated, delta),
+        "attention_jvp": lambda: op.derivative(given, evaluated, vector, vector, vector)[0],
     }
     return calls[kernel]
 
@@ -521,7 +528,16 @@ def _backward(
     v: Tensor,
     context: Any,
 ) -> Call:
-    """The gradient in what the kernel of this name gives it for, of a value that is kept with its graph."""
+    """The gradient in what the kernel of this name gives it for, of a value that is kept with its graph.
+
+    A derivative along a direction goes twice back: it is that of the gradients in their vector.
+    """
+    if kernel == "attention_jvp":
+        states = [each.detach().requires_grad_() for each in (q, k, v)]
+        given = vector.clone().requires_grad_()
+        gradients = torch.autograd.grad(function(*states, context), states, given, create_graph=True)
+        directions = (vector,) * 3
+        return lambda: torch.autograd.grad(gradients, given, directions, retain_graph=True)
     leaves = {
         "attention_query_vjp": (q,),
         "attention_key_vjp": (k, v),

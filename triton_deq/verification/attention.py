@@ -22,7 +22,7 @@ _KERNELS = (
 
 
 def check_attention(case: Case) -> Iterator[Row]:
-    """The value and all gradients, with memory and with a window and dropout; 8 to 300 queries.
+    """The value, all gradients and theirs, with memory and with a window and dropout; 8 to 300 queries.
 
     With fewer a gradient is a small difference of large numbers, and its relative error means little.
     """
@@ -35,31 +35,40 @@ def check_attention(case: Case) -> Iterator[Row]:
         ("masked ", 16, 0, {"window": queries // 2 + 2, "dropout": 0.2, "seed": seed}),
     )
     for label, depth, memory, options in variants:
-        given: list[Any] = _draws(case, batch, queries, memory, depth)
-        vector = case.randn(batch * queries, HEADS * depth, stream=9).view(batch, queries, HEADS, depth)
-        q, k, v, *others = given
+        tensors, (vector, *directions) = _draws(case, batch, queries, memory, depth)
+        q, k, v, *others = tensors
         context = op.Context(*others, **options)
         evaluated = op.attention_fwd(q, k, v, context)
-        needed = tuple(each is not None for each in given)
-        found = op.attention_gradients(vector, q, k, v, context, evaluated, needed)
+        needed = tuple(each is not None for each in tensors)
+        first = op.attention_gradients(vector, q, k, v, context, evaluated, needed)
+        given = op.Given(q, k, v, context, vector)
+        derivative, tangents = op.derivative(given, evaluated, *directions)
+        second = op.attention_gradients(vector, q, k, v, context, evaluated, needed, tangents)
 
-        wide: list[Any] = [None if each is None else each.double().requires_grad_() for each in given]
-        q, k, v, *others = wide
-        wanted = reference.attention(q, k, v, op.Context(*others, **options))
-        leaves = [each for each in wide if each is not None]
-        expected = iter(torch.autograd.grad(wanted, leaves, vector.double()))
-        yield row(
-            case, "attention", "attention", f"{label}value", relative_error(evaluated.value, wanted.detach())
-        )
-        for name, kernel, gradient in zip(_NAMES, _KERNELS, found, strict=True):
-            if gradient is None:
-                continue
-            right = next(expected)
-            yield row(case, "attention", kernel, f"{label}{name}", relative_error(gradient, right))
+        tensors = [None if each is None else each.double().requires_grad_() for each in tensors]
+        wide, *wide_directions = (each.double().requires_grad_() for each in (vector, *directions))
+        q, k, v, *others = tensors
+        context = op.Context(*others, **options)
+        leaves = [each for each in tensors if each is not None]
+        value = reference.attention(q, k, v, context)
+        firsts = torch.autograd.grad(value, leaves, wide)
+        products = reference.attention_vjp(wide, q, k, v, context)
+        changed, *seconds = torch.autograd.grad(products, [wide, *leaves], wide_directions)
+
+        error = relative_error(evaluated.value, value.detach())
+        yield row(case, "attention", "attention", f"{label}value", error)
+        error = relative_error(derivative, changed)
+        yield row(case, "attention", "attention_jvp", f"{label}along a, b, c", error)
+        for order, found, wanted in (("", first, firsts), (", second", second, seconds)):
+            present = [each for each in zip(_NAMES, _KERNELS, found, strict=True) if each[2] is not None]
+            for (name, kernel, out), expected in zip(present, wanted, strict=True):
+                yield row(case, "attention", kernel, f"{label}{name}{order}", relative_error(out, expected))
 
 
-def _draws(case: Case, batch: int, queries: int, memory: int, depth: int) -> list[Tensor | None]:
-    """q, k, v, positions, both biases, memory's keys and values."""
+def _draws(
+    case: Case, batch: int, queries: int, memory: int, depth: int
+) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """q, k, v, positions, both biases, memory's keys and values; a vector and three directions."""
 
     def rows(stream: int, count: int) -> Tensor:
         return case.randn(batch * count, HEADS * depth, stream=stream).view(batch, count, HEADS, depth)
@@ -67,4 +76,5 @@ def _draws(case: Case, batch: int, queries: int, memory: int, depth: int) -> lis
     kept = [rows(stream, memory) if memory else None for stream in (6, 7)]
     positions = case.randn(memory + queries + 1, HEADS * depth, stream=3).unflatten(1, (HEADS, depth))
     biases = [case.randn(HEADS, depth, stream=stream) for stream in (4, 5)]
-    return [*(rows(stream, queries) for stream in range(3)), positions, *biases, *kept]
+    states = [rows(stream, queries) for stream in range(3)]
+    return [*states, positions, *biases, *kept], tuple(rows(stream, queries) for stream in range(8, 12))

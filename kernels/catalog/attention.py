@@ -79,7 +79,12 @@ def _entry(
         "SCALE": depth**-0.5,
         "HEAD": (*_parts(depth), depth, align),
         **precision_of(dtype),
-        **_tiles(kernel, dtype, memory + queries if kernel == "attention_position_vjp" else queries),
+        **_tiles(
+            kernel,
+            dtype,
+            memory + queries if kernel == "attention_position_vjp" else queries,
+            (constants or {}).get("SECOND", False),
+        ),
         **(constants or {}),
     }
     options = {key: values.pop(key) for key in ("num_warps", "num_stages")}
@@ -92,7 +97,7 @@ def _entry(
         contiguous=("q_ptr",),
         traffic=_traffic,
         work=_work,
-        budget=Budget(spilled, load=align * size, store=size, tensor_cores=dtype != "fp64"),
+        budget=Budget(spilled, load=min(align * size, 8), store=size, tensor_cores=dtype != "fp64"),
         options={**options, "enable_fp_fusion": True},
     )
 
@@ -135,17 +140,14 @@ def _parts(depth: int) -> tuple[int, int]:
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
-def _tiles(kernel: str, dtype: str, rows: int) -> dict[str, int]:
+def _tiles(kernel: str, dtype: str, rows: int, second: bool) -> dict[str, int]:
     """As the op cuts a head into programs."""
-    most, warps = {"fp64": (16, 4), "fp32": (16, 1)}.get(dtype, (64, 8))
+    narrow = 16 if second or kernel == "attention_jvp" else 32 if kernel == "attention_position_vjp" else 64
+    most = narrow if dtype in ("fp16", "bf16") else 16
     block = max(16, min(most, 1 << (rows - 1).bit_length()))
     columns = "BLOCK_N" if kernel == "attention_position_vjp" else "BLOCK_K"
-    return {
-        "BLOCK_T": block,
-        columns: block,
-        "num_warps": warps if most == 16 else block // 8,
-        "num_stages": 1,
-    }
+    warps = 4 if dtype == "fp64" else block // 8 if block > 16 else 1
+    return {"BLOCK_T": block, columns: block, "num_warps": warps, "num_stages": 1}
 
 
 _SMALL: dict[str, Any] = {"batch": 2, "queries": 20, "memory": 17, "depth": 16}
@@ -174,7 +176,7 @@ ENTRIES = (
     _entry("attention_key_vjp", "fp32", "second", constants=_SECOND),
     _entry("attention_position_vjp", "bf16", constants={"parts": 14} | _FIRST),
     _entry("attention_position_vjp", "fp32", constants={"parts": 10} | _FIRST),
-    _entry("attention_position_vjp", "bf16", "second", constants={"parts": 14} | _SECOND),
+    _entry("attention_position_vjp", "bf16", "second", constants={"parts": 10} | _SECOND),
     _entry("attention_jvp", "bf16"),
     _entry("attention_jvp", "fp32"),
     _entry("attention_jvp", "fp64", "small", **_SMALL),

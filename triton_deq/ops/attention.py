@@ -304,14 +304,16 @@ def parts_of(depth: int) -> tuple[int, int]:
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
-def _tiles(dtype: torch.dtype, rows: int, columns: str = "BLOCK_K") -> dict[str, int]:
-    """The block sizes of a kernel and its warps; rows: of what a program takes a block of.
+def _tiles(dtype: torch.dtype, rows: int, narrow: int = 64, columns: str = "BLOCK_K") -> dict[str, int]:
+    """The block sizes of a kernel and its warps.
 
-    Larger blocks would spill: in float32 a product takes three times the registers for its operands.
+    rows: of what a program takes a block of. narrow: the largest block of 16-bit entries, smaller where a
+    kernel holds more tiles. Larger blocks would spill more: in float32 each operand of a product is held as
+    two.
     """
-    most, warps = {torch.float64: (16, 4), torch.float32: (16, 1)}.get(dtype, (64, 8))
+    most = narrow if dtype in (torch.float16, torch.bfloat16) else 16
     block = max(16, min(most, next_power_of_2(rows)))
-    warps = warps if most == 16 else block // 8
+    warps = 4 if dtype == torch.float64 else block // 8 if block > 16 else 1
     return {"BLOCK_T": block, columns: block, "num_warps": warps, "num_stages": 1}
 
 
@@ -321,7 +323,7 @@ def query_gradient(
     """The gradient in q, Δ `[B, H, T]`, and with `biases` `[2, H, d]`, those in both biases."""
     batch, queries, heads, depth = given.shape
     memory = given.context.memory
-    tiles = _tiles(given.dtype, queries)
+    tiles = _tiles(given.dtype, queries, 64 if tangents is None else 16)
     blocks = -(-queries // tiles["BLOCK_T"])
     gradient, delta = torch.empty_like(evaluated.value), torch.empty_like(evaluated.sums)
     parts = delta.new_empty((2, batch * blocks, heads, depth) if biases else (1,))
@@ -367,7 +369,7 @@ def key_gradients(
     keys_and_values = (memory_keys, memory_values) if memory else current
     tensors, layouts = zip(vector, q, *keys_and_values, positions, strict=True)
     gradients = [evaluated.value.new_empty(batch, count, heads, depth) for _ in range(2)]
-    tiles = _tiles(given.dtype, count)
+    tiles = _tiles(given.dtype, count, 64 if tangents is None else 16)
     launch(
         _kernels().attention_key_vjp_kernel,
         (batch * heads * -(-count // tiles["BLOCK_K"]),),
@@ -397,7 +399,7 @@ def position_gradient(
     """The gradient in all positions, also in those that no distance reaches."""
     batch, queries, heads, depth = given.shape
     distances = given.context.memory + queries
-    tiles = _tiles(given.dtype, distances, "BLOCK_N")
+    tiles = _tiles(given.dtype, distances, 32 if tangents is None else 16, "BLOCK_N")
     blocks = -(-distances // tiles["BLOCK_N"])
     parts = max(1, min(batch, PROGRAMS // (heads * blocks)))
     gradients = delta.new_empty(parts, distances, heads, depth)
@@ -436,7 +438,7 @@ def derivative(
     found = torch.empty_like(evaluated.value)
     mean, balance = torch.empty_like(evaluated.sums), torch.empty_like(evaluated.sums)
     tangents = Tangents(a.contiguous(), b.contiguous(), c.contiguous(), mean, balance)
-    tiles = _tiles(given.dtype, queries)
+    tiles = _tiles(given.dtype, queries, 16)
     launch(
         _kernels().attention_jvp_kernel,
         (batch * heads * -(-queries // tiles["BLOCK_T"]),),

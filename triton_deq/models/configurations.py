@@ -118,7 +118,7 @@ CONFIGURATIONS = {
         memory=32,
         max_steps=30,
         backward_max_steps=30,
-        penalty=1.0,
+        penalty=0.05,
     ),
 }
 """By name; the first three are sized for WikiText-103, "tiny" for the embedded text."""

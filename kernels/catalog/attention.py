@@ -26,7 +26,8 @@ def _entry(
 ) -> Entry:
     """q, k and v are views of one buffer `[B, T, 3 H d]`, as the Transformer cell has them.
 
-    By default the paper's cell on WikiText-103, a GPU's share of the batch.
+    By default the paper's cell on WikiText-103, a GPU's share of the batch. spilled: the most that the
+    compilers of the supported versions of Triton spill on any target; registers are what these kernels lack.
     """
     state, wide = Pointer(dtype), Pointer("fp64" if dtype == "fp64" else "fp32")
     row, size = HEADS * depth, BYTES[dtype]
@@ -110,25 +111,30 @@ def kernels_of(kernel: str) -> list[str]:
 def _traffic(entry: Entry, batch: int, entries: int) -> int:
     """Everything `[B, T, H, d]` and `[B, M, H, d]` once."""
     values = entry.arguments
-    if "key_gradient_ptr" in values:
-        states, memories = 6, 0
-    elif "gradients_ptr" in values:
-        states, memories = 4, 2
-    else:
-        states, memories = (6 if "vector_ptr" in values else 4), 2
+    states, memories = {
+        "attention": (4, 2),
+        "attention_query_vjp": (6, 2),
+        "attention_key_vjp": (6, 0),
+        "attention_position_vjp": (4, 2),
+        "attention_jvp": (9, 2),
+    }[entry.name.split("[")[0]]
+    states += 3 if values.get("SECOND") else 0
     memory = entries // values["T"] * values["M"]
     return batch * (states * entries + memories * memory) * BYTES[entry.dtype]
 
 
 def _work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
-    """The products of pairs that see each other: three for the value, five or six for a gradient."""
-    values = entry.arguments
+    """The products of pairs that see each other."""
+    values, kernel = entry.arguments, entry.name.split("[")[0]
     queries, memory = values["T"], values["M"]
-    if "key_gradient_ptr" in values:
-        products, pairs = 5, queries * (queries + 1) // 2
-    else:
-        products = 3 if "vector_ptr" not in values else 4 if "gradients_ptr" in values else 5
-        pairs = queries * (queries + 1) // 2 + queries * memory
+    products = {
+        "attention": 3,
+        "attention_query_vjp": 10 if values.get("SECOND") else 5,
+        "attention_key_vjp": 10 if values.get("SECOND") else 5,
+        "attention_position_vjp": 9 if values.get("SECOND") else 4,
+        "attention_jvp": 7,
+    }[kernel]
+    pairs = queries * (queries + 1) // 2 + (0 if kernel == "attention_key_vjp" else queries * memory)
     unit, times = product_unit(entry.dtype)
     return {unit: times * 2 * products * batch * pairs * entries // queries}
 
@@ -158,26 +164,26 @@ _FIRST = {"SECOND": False}
 _SECOND = {"SECOND": True}
 
 ENTRIES = (
-    _entry("attention", "bf16"),
-    _entry("attention", "fp32"),
-    _entry("attention", "bf16", "dropout", dropout=0.1),
-    _entry("attention", "fp16", "odd d", **_ODD),
+    _entry("attention", "bf16", spilled=280),
+    _entry("attention", "fp32", spilled=216),
+    _entry("attention", "bf16", "dropout", spilled=640, dropout=0.1),
+    _entry("attention", "fp16", "odd d", spilled=24, **_ODD),
     _entry("attention", "fp64", "small", **_SMALL),
-    _entry("attention_query_vjp", "bf16", constants=_PLAIN),
-    _entry("attention_query_vjp", "fp32", constants=_PLAIN),
-    _entry("attention_query_vjp", "bf16", "dropout,biases", dropout=0.1, constants=_BIASES),
-    _entry("attention_query_vjp", "bf16", "second", constants=_BIASES | _SECOND),
-    _entry("attention_query_vjp", "fp32", "second", constants=_BIASES | _SECOND),
-    _entry("attention_query_vjp", "fp64", "small", constants=_BIASES, **_SMALL),
-    _entry("attention_key_vjp", "bf16", constants=_FIRST),
-    _entry("attention_key_vjp", "fp32", constants=_FIRST),
-    _entry("attention_key_vjp", "fp16", "odd d", constants=_FIRST, **_ODD),
-    _entry("attention_key_vjp", "bf16", "second", constants=_SECOND),
-    _entry("attention_key_vjp", "fp32", "second", constants=_SECOND),
-    _entry("attention_position_vjp", "bf16", constants={"parts": 14} | _FIRST),
-    _entry("attention_position_vjp", "fp32", constants={"parts": 10} | _FIRST),
-    _entry("attention_position_vjp", "bf16", "second", constants={"parts": 10} | _SECOND),
-    _entry("attention_jvp", "bf16"),
-    _entry("attention_jvp", "fp32"),
+    _entry("attention_query_vjp", "bf16", spilled=520, constants=_PLAIN),
+    _entry("attention_query_vjp", "fp32", spilled=1216, constants=_PLAIN),
+    _entry("attention_query_vjp", "bf16", "dropout,biases", spilled=688, dropout=0.1, constants=_BIASES),
+    _entry("attention_query_vjp", "bf16", "second", spilled=1128, constants=_BIASES | _SECOND),
+    _entry("attention_query_vjp", "fp32", "second", spilled=7960, constants=_BIASES | _SECOND),
+    _entry("attention_query_vjp", "fp64", "small", spilled=8, constants=_BIASES, **_SMALL),
+    _entry("attention_key_vjp", "bf16", spilled=1256, constants=_FIRST),
+    _entry("attention_key_vjp", "fp32", spilled=1944, constants=_FIRST),
+    _entry("attention_key_vjp", "fp16", "odd d", spilled=712, constants=_FIRST, **_ODD),
+    _entry("attention_key_vjp", "bf16", "second", spilled=1120, constants=_SECOND),
+    _entry("attention_key_vjp", "fp32", "second", spilled=18072, constants=_SECOND),
+    _entry("attention_position_vjp", "bf16", spilled=1200, constants={"parts": 14} | _FIRST),
+    _entry("attention_position_vjp", "fp32", spilled=2984, constants={"parts": 10} | _FIRST),
+    _entry("attention_position_vjp", "bf16", "second", spilled=4448, constants={"parts": 10} | _SECOND),
+    _entry("attention_jvp", "bf16", spilled=928),
+    _entry("attention_jvp", "fp32", spilled=4568),
     _entry("attention_jvp", "fp64", "small", **_SMALL),
 )

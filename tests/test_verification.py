@@ -34,6 +34,11 @@ def test_quick_run_in_a_fresh_process(tmp_path):
         "mlp_solve",
         "norm",
         "norm_vjp",
+        "attention",
+        "attention_query_vjp",
+        "attention_key_vjp",
+        "attention_position_vjp",
+        "attention_jvp",
     }
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(row["passed"] and row["error"] <= row["bound"] for row in rows)

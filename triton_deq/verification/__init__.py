@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     show = print if arguments.json != "-" else lambda *_: None
     show(
-        f"{'kernel':<18} {'dtype':<9} {'shape':>12} {'layout':<11} {'quantity':<11} {'error':>9} {'bound':>9}"
+        f"{'kernel':<23} {'dtype':<9} {'shape':>12} {'layout':<11} {'quantity':<19} {'error':>9} {'bound':>9}"
     )
     for case in chosen:
         for check in checks:
@@ -122,7 +122,7 @@ def _line(row: Row) -> str:
     shape = "x".join(map(str, row.shape))
     verdict = "" if row.passed else "  OVER ITS BOUND"
     return (
-        f"{row.kernel:<18} {row.dtype:<9} {shape:>12} {row.layout:<11} {row.quantity:<11} "
+        f"{row.kernel:<23} {row.dtype:<9} {shape:>12} {row.layout:<11} {row.quantity:<19} "
         f"{row.error:9.1e} {row.bound:9.1e}"
         f"{verdict}"
     )

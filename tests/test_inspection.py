@@ -63,11 +63,14 @@ def run_here(*arguments: str) -> int:
 
 # ------------------------------------------------------------------------------------- what the library ships
 
+SHIPPED_TO = os.environ.get("INSPECT_TARGETS", " ".join(TARGETS)).split()
+"""The targets that every entry is compiled for; fewer where another version of Triton compiles all again."""
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[dict]]:
     file = tmp_path_factory.mktemp("inspect") / "rows.json"
-    done = command("--json", str(file))
+    done = command("--json", str(file), *(word for name in SHIPPED_TO for word in ("--target", name)))
     assert file.exists(), done.stderr
     return done, json.loads(file.read_text())
 
@@ -75,7 +78,7 @@ def report(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[dict]]:
 def test_every_entry_compiles_for_every_target(report):
     _, rows = report
     assert [(row["kernel"], row["target"]) for row in rows] == [
-        (entry.name, target) for entry in ENTRIES for target in TARGETS
+        (entry.name, target) for entry in ENTRIES for target in SHIPPED_TO
     ]
     assert not [f"{row['kernel']} {row['target']}: {row['error']}" for row in rows if row["error"]]
     for row in rows:

@@ -1,6 +1,6 @@
 """The named configurations: every number that makes a model, and the recipe it was published with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checks import check_count, check_number
 
@@ -59,51 +59,33 @@ class LanguageModelConfiguration:
         check_number("penalty", self.penalty, 0)
 
 
+# Bai, Koltun & Kolter, arXiv 2106.14342, table 2 and appendix; sizes from the authors' released settings.
+_POST_LN = LanguageModelConfiguration(
+    vocabulary=267735,
+    width=700,
+    heads=10,
+    head_width=70,
+    inner=48000,
+    cutoffs=(20000, 40000, 200000),
+    dropout=0.06,
+    attention_dropout=0.01,
+    max_steps=30,
+    backward_max_steps=30,
+)
+
 CONFIGURATIONS = {
-    # Bai, Koltun & Kolter, arXiv 2106.14342, table 2 and appendix; sizes from the authors' released settings.
-    "wikitext103-post-ln": LanguageModelConfiguration(
-        vocabulary=267735,
-        width=700,
-        heads=10,
-        head_width=70,
-        inner=48000,
-        cutoffs=(20000, 40000, 200000),
-        dropout=0.06,
-        attention_dropout=0.01,
-        max_steps=30,
-        backward_max_steps=30,
-    ),
-    "wikitext103-pre-ln-jr": LanguageModelConfiguration(
-        vocabulary=267735,
-        width=700,
-        heads=10,
-        head_width=70,
-        inner=48000,
-        cutoffs=(20000, 40000, 200000),
+    "wikitext103-post-ln": _POST_LN,
+    "wikitext103-pre-ln-jr": replace(
+        _POST_LN,
         pre_norm=True,
-        dropout=0.06,
-        attention_dropout=0.01,
         max_steps=14,
         backward_max_steps=14,
         penalty=1.6,
-        penalty_probability=0.35,
         penalty_growth=0.1,
         penalty_interval=35000,
     ),
     # The stacked model that the paper's table compares with: 18 layers, 110M parameters.
-    "wikitext103-transformer-xl": LanguageModelConfiguration(
-        vocabulary=267735,
-        width=700,
-        heads=10,
-        head_width=70,
-        inner=1550,
-        cutoffs=(20000, 40000, 200000),
-        pre_norm=False,
-        dropout=0.06,
-        attention_dropout=0.01,
-        weight_norm=False,
-        layers=18,
-    ),
+    "wikitext103-transformer-xl": replace(_POST_LN, inner=1550, weight_norm=False, layers=18),
     # For a machine without a GPU: minutes on two cores.
     "tiny": LanguageModelConfiguration(
         vocabulary=4000,

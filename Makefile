@@ -39,5 +39,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "Setting up .venv (the first time takes minutes: PyTorch is large)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-	    --no-build-isolation -e '.[demo,bench,dev]'
+	    --no-build-isolation -e '.[demo,bench,profile,dev]'
 	@touch $@

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_deq.timing import Call, Stopwatch
+
 from .problems import Problem
 from .roofline import Work
-from .timing import Call, Stopwatch
 
 SCALES = ("tiny", "quick", "full")
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from triton_deq.memory import peak_bytes
+from triton_deq.timing import interleave, quantiles
+
 from .cases import Case, Setting, Solved, Variant
 from .environment import Environment, now
-from .memory import peak_bytes
 from .roofline import least_ms
 from .rows import Row
-from .timing import interleave, quantiles
 
 ROUNDS = {"tiny": (0.0, 1), "quick": (0.5, 5), "full": (2.0, 9)}
 """How many seconds the variants of a case take turns, and the least number of rounds."""

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from triton_deq.timing import Stopwatch
+
 from . import environment as environments
 from .cases import Setting
 from .runner import Deadline
 from .session import run_groups
-from .timing import Stopwatch
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from triton_deq.timing import Stopwatch
+
 from . import environment as environments
 from .cases import Setting
 from .rows import Row, write
 from .runner import Deadline, run
-from .timing import Stopwatch
 
 
 def run_groups(

@@ -17,7 +17,7 @@ from bench import environment as environments
 from bench.cases import Case, Setting, Variant
 from bench.groups import GROUPS
 from bench.runner import make_row
-from bench.timing import Stopwatch, quantiles
+from triton_deq.timing import Stopwatch, quantiles
 
 DEVICE = environments.choose_device()
 SETTING = Setting(DEVICE, "quick", 0, Stopwatch(DEVICE), "no")

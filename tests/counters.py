@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import triton_deq.ops.launch
-from bench.memory import LiveStorages
+from triton_deq.memory import LiveStorages
 
 # Operators that make the host wait for a GPU, because what they return depends on the data.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every part of the package with its floor. A part may import from lower floors only; parts on one floor do
 # not know each other. A part is a folder or a file right under triton_deq/; "__init__" is the public names.
 FLOORS = (
-    ("backend", "status"),
+    ("backend", "status", "environment", "memory", "page", "timing"),
     ("checks", "kernels"),
     ("reference",),
     ("ops",),
@@ -30,7 +30,7 @@ FLOORS = (
     ("__init__",),
     ("verification", "inspection", "data"),
     ("training", "compat"),
-    ("demo",),
+    ("demo", "profile"),
     ("cli",),
     ("__main__",),
 )
@@ -47,9 +47,10 @@ THIRD_PARTY = {
     "ops": RUNTIME | {"triton"},
     "verification": RUNTIME | {"triton"},
     "inspection": RUNTIME | {"triton"},
-    "data": RUNTIME | {"sklearn"},
+    "data": RUNTIME | {"PIL", "sklearn"},
     "training": RUNTIME | {"matplotlib", "rich"},
     "demo": RUNTIME | {"matplotlib", "rich", "torchdeq"},
+    "profile": RUNTIME | {"matplotlib", "rich", "torchvision", "transformers"},
     "compat": RUNTIME | {"torchdeq"},
 }
 

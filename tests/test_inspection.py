@@ -151,6 +151,10 @@ def call_op(entry: Entry, device: str) -> None:
             mlp.mlp_fwd(like, weight, like, ACTIVATIONS["tanh"], norm, None, *extra)
     elif entry.op == "norm":
         call_norm(entry, state_like)
+    elif entry.op == "groupnorm":
+        call_groupnorm(entry, state_like)
+    elif entry.op == "fusion":
+        call_fusion(entry, state_like)
     elif entry.op == "attention":
         call_attention(entry, device)
     elif entry.op == "broyden":
@@ -205,6 +209,41 @@ def call_norm(entry: Entry, x: torch.Tensor) -> None:
         norm.norm_fwd(x, x, mask, gain, gain, values["EPSILON"], None, x, inverse)
     else:
         norm.norm_value(x, x, mask, gain, gain, values["EPSILON"], "triton")
+
+
+def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
+    from triton_deq.ops import groupnorm
+    from triton_deq.reference.groupnorm import Normalised
+
+    values, wide = entry.arguments, torch.promote_types(state.dtype, torch.float32)
+    x = state.view(len(state), 1, values["P"], values["C"]).permute(0, 3, 1, 2)
+    gain = state.new_zeros(values["C"]) if values["GAIN"] else None
+    shift, relu = x if values["SHIFT"] else None, values["RELU"]
+    numbers = state.new_zeros(len(state), values["G"], dtype=wide)
+    held = Normalised(x, gain, None, shift, numbers, numbers, x if relu else None)
+    if "RESIDUAL" in values:
+        residual = x if values["RESIDUAL"] else None
+        groupnorm.groupnorm_fwd(x, values["G"], gain, gain, None, shift, residual, relu, values["EPSILON"])
+    elif "BESIDE" in values:
+        groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held)
+    else:
+        groupnorm.groupnorm_vjp_fwd(x, held, values["PARAMETERS"])
+
+
+def call_fusion(entry: Entry, state: torch.Tensor) -> None:
+    from triton_deq.ops import fusion
+
+    values = entry.arguments
+    base = state.view(len(state), values["H"], values["W"], values["C"]).permute(0, 3, 1, 2)
+    if "K" in values:
+        fusion.fusion_vjp_fwd(base, base, [values["K"]])
+        return
+    terms = [
+        state.new_zeros(len(state), values["C"], values["H"] // factor, values["W"] // factor)
+        for factor in (values["K1"], values["K2"], values["K3"])
+        if factor
+    ]
+    fusion.fusion_fwd(base, terms, values["RELU"])
 
 
 def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
+from triton_deq.timing import Call
+
 from ..cases import Case, Setting, Variant
 from ..roofline import Work
-from ..timing import Call
 
 GROUP = "ceilings"
 COPY_BYTES = {"tiny": 1 << 16, "quick": 1 << 26, "full": 1 << 28}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from triton_deq.ops.launch import MAX_BLOCK
+from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Variant, ours
 from ..roofline import DTYPES, of_kernels
-from ..timing import Call, graphed
+from . import maps
 from .step import GPU_SHAPES, HISTORY, SHAPES
 
 GROUP = "kernels"
@@ -102,10 +103,25 @@ def cases(setting: Setting) -> Iterator[Case]:
                 )
                 yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
 
+    between = (
+        ("groupnorm", maps.groupnorm, maps.groupnorm_torch),
+        ("groupnorm_vjp", maps.groupnorm_vjp, maps.groupnorm_vjp_torch),
+        ("groupnorm_second", maps.groupnorm_second, maps.groupnorm_second_torch),
+        ("fusion", maps.fusion, maps.fusion_torch),
+        ("fusion_vjp", maps.fusion_vjp, maps.fusion_vjp_torch),
+    )
+    for kernel, make, peer in between:
+        for size in (maps.GPU_SIZES if setting.gpu else maps.SIZES)[setting.scale]:
+            for dtype in dtypes:
+                # What goes through the autograd engine is neither compiled nor captured.
+                single = kernel in ("groupnorm", "fusion", "fusion_vjp")
+                variants = _variants(setting, size, dtype, make, {"torch": peer}, single=single)
+                yield Case(GROUP, kernel, "forward", dtype, size, tuple(variants))
+
 
 def _variants(
     setting: Setting,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     call: Callable[..., Call],
     peers: dict[str, Callable[..., Call]],

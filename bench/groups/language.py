@@ -11,9 +11,9 @@ from torch import Tensor
 from triton_deq.backend import ambient
 from triton_deq.models import CONFIGURATIONS, DEQTransformerLM, LanguageModelConfiguration, TransformerXL
 from triton_deq.ops.attention import Context, attention
+from triton_deq.timing import Call
 
 from ..cases import Case, Setting, Solved, Variant, ours
-from ..timing import Call
 
 GROUP = "language"
 NFE = 14

@@ -6,12 +6,12 @@ from functools import partial
 import torch
 
 import triton_deq as td
+from triton_deq.timing import Call
 
 from ..cases import Case, Setting, Solved, Variant, ours
 from ..peers import PEERS, Peer, Solve, steps_to
 from ..peers.jaxopt import jaxopt_variant
 from ..problems import Problem, make
-from ..timing import Call
 from .step import HISTORY, compiled, loaded, peer_call
 
 GROUP = "solve"

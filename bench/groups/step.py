@@ -10,11 +10,11 @@ import torch
 
 import triton_deq as td
 from triton_deq.solvers import Solver
+from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Solved, Variant, ours
 from ..peers import ANDERSON, BROYDEN, Peer, Solve
 from ..problems import Problem, make
-from ..timing import Call, graphed
 
 GROUP = "step"
 STEPS = 20

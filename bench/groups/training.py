@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import triton_deq as td
+from triton_deq.timing import Call
 
 from ..cases import Case, Setting, Solved, Variant, ours
 from ..problems import Function, Problem, make
-from ..timing import Call
 
 GROUP = "training"
 STEPS = 10

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from triton_deq.timing import Call
+
 from ..cases import Solved, Variant
 from ..problems import Problem
-from ..timing import Call
 
 MOST = 60
 

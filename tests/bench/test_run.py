@@ -13,7 +13,7 @@ from bench.cases import Case, Setting, Variant
 from bench.groups import GROUPS
 from bench.rows import read
 from bench.runner import Deadline, run, run_case
-from bench.timing import Stopwatch
+from triton_deq.timing import Stopwatch
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = environment.choose_device()

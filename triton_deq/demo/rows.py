@@ -1,18 +1,15 @@
 """Every figure of the demo as a JSON row that says what ran where."""
 
 import datetime
-import importlib.metadata
 import json
 import math
-import platform
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..environment import environment
 
-PACKAGES = ("torch", "triton", "triton-deq", "torchdeq")
+__all__ = ["Rows", "environment"]
 
 
 @dataclass
@@ -46,49 +43,3 @@ class Rows:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def environment(device: str) -> dict[str, Any]:
-    """The device by name, the versions, and the commit if this is a checkout."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package.replace("-", "_")] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": _commit(),
-    }
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package stands in, "-dirty" if changed; an installed package has none."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from ..page import Plot, Section, Table
 from . import accelerate, plots, stabilise, synthetic, verified
 from .accelerate import OURS, TEXTBOOK, Comparison, Spread
-from .page import Plot, Section, Table
 from .rows import Rows
 
 SLICE_X = 1.0

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from .. import data
-from . import accelerate, page, stabilise, synthetic, verified
+from .. import data, page
+from ..page import Section
+from . import accelerate, stabilise, synthetic, verified
 from .accelerate import OURS
-from .page import Section
 from .rows import Rows, environment
 from .sections import accelerated, stabilised_digits, stabilised_synthetic, verification_section
 

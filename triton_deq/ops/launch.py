@@ -36,9 +36,15 @@ def kernels_serve(tensor: Tensor, backend: str, *others: Tensor | None, autocast
         return False
     kind = (tensor.dtype, tensor.device)
     alike = all(other is None or (other.dtype, other.device) == kind for other in others)
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     cast = torch.is_autocast_enabled(tensor.device.type) and not autocast
-    return alike and tensor.numel() > 0 and not (transformed or cast)
+    return alike and tensor.numel() > 0 and not (transformed() or cast)
+
+
+def transformed() -> bool:
+    """Whether torch.compile or a transform (torch.func, forward AD) is at work, which sees into operators."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
@@ -93,3 +99,24 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
         "OPERAND": names.get(operand, tl.float32),
         "WIDE": wide_dtype(dtype),
     }
+
+
+def laid(x: Tensor) -> Tensor:
+    """A map `[B, C, H, W]` with each sample dense and channels-last, `[H, W, C]`: itself if it can be."""
+    _, channels, _, width = x.shape
+    wanted = (1, width * channels, channels)
+    if all(
+        size == 1 or own == wish for size, own, wish in zip(x.shape[1:], x.stride()[1:], wanted, strict=True)
+    ):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sample_stride(x: Tensor) -> int:
+    """How far apart the samples of such a map begin; of a single one it means nothing."""
+    return x.stride(0) if len(x) > 1 else x[0].numel()
+
+
+def fresh(like: Tensor) -> Tensor:
+    """A dense channels-last map of like's shape and dtype."""
+    return torch.empty_like(like, memory_format=torch.channels_last)

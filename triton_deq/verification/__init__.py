@@ -21,6 +21,7 @@ import torch
 from ..checks import parse_count
 from .attention import check_attention
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
+from .groupnorm import check_fusion, check_groupnorm
 from .jacobian import check_probe, check_squared_norm
 from .mlp import check_mlp, check_mlp_probe, check_mlp_solve
 from .norm import check_norm
@@ -34,6 +35,8 @@ __all__ = [
     "check_anderson",
     "check_attention",
     "check_broyden",
+    "check_fusion",
+    "check_groupnorm",
     "check_mlp",
     "check_mlp_probe",
     "check_mlp_solve",
@@ -52,6 +55,8 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "mlp_solve": check_mlp_solve,
     "attention": check_attention,
     "norm": check_norm,
+    "groupnorm": check_groupnorm,
+    "fusion": check_fusion,
 }
 
 

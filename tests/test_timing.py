@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.memory import peak_bytes
-from bench.timing import Stopwatch, graphed, interleave, quantiles
+from triton_deq.memory import peak_bytes
+from triton_deq.timing import Stopwatch, graphed, interleave, quantiles
 
 CPU = torch.device("cpu")
 

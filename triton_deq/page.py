@@ -1,4 +1,4 @@
-"""What the demo found, as sections that the terminal and one self-contained HTML page both show."""
+"""Results as sections that the terminal and one self-contained HTML page both show."""
 
 import base64
 import html
@@ -51,10 +51,17 @@ figure { margin: 1rem 0 2rem } img { max-width: 100% } figcaption, .quiet { colo
 
 
 def render(
-    folder: Path, heading: str, verdict: str, sections: list[Section], environment: dict[str, Any], seed: int
+    folder: Path,
+    heading: str,
+    verdict: str,
+    sections: list[Section],
+    environment: dict[str, Any],
+    seed: int,
+    rows: str = "rows.json",
 ) -> str:
-    """The page, with the plots of `folder` inside it."""
-    body = [f"<h1>{html.escape(heading)}</h1>", f"<p>{html.escape(verdict)}</p>", _facts(environment, seed)]
+    """The page, with the plots of `folder` inside it; `rows` is the file beside it that has all figures."""
+    facts = _facts(environment, seed, rows)
+    body = [f"<h1>{html.escape(heading)}</h1>", f"<p>{html.escape(verdict)}</p>", facts]
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
         body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.paragraphs]
@@ -67,14 +74,12 @@ def render(
     )
 
 
-def _facts(environment: dict[str, Any], seed: int) -> str:
+def _facts(environment: dict[str, Any], seed: int, rows: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     commit = environment["commit"] or "none"
     machine = f"{environment['device']}, {environment['threads']} thread(s)"
     facts = f"{machine} · {versions} · commit {commit} · seed {seed}"
-    return (
-        f'<p class="quiet">{html.escape(facts)}<br>Every figure is a row in rows.json, beside this page.</p>'
-    )
+    return f'<p class="quiet">{html.escape(facts)}<br>Every figure is a row in {rows}, beside this page.</p>'
 
 
 def _table(table: Table) -> str:

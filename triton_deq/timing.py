@@ -1,7 +1,7 @@
 """Timing of several variants that take turns.
 
-pytest-benchmark times one function after another, so a machine that slows down for a second favours one of
-them, and it knows no device: neither CUDA events nor a cold cache. Hence this module.
+One function timed after another favours one of them where the machine slows down for a second. So all take
+turns, by CUDA events and from a cold cache on a GPU.
 """
 
 import gc

@@ -1,0 +1,120 @@
+"""What runs between a multiscale DEQ's convolutions, kernel by kernel, and PyTorch's operators for it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from triton_deq.ops import fusion as fusions
+from triton_deq.ops import groupnorm as norms
+from triton_deq.timing import Call
+
+GROUPS = 8
+FACTORS = (1, 2, 4)
+"""How many times smaller the terms of a sum are."""
+
+SIZES: dict[str, list[tuple[int, int, int]]] = {
+    "tiny": [(1, 4, 8)],
+    "quick": [(4, 16, 64)],
+    "full": [(4, 56, 160)],
+}
+GPU_SIZES: dict[str, list[tuple[int, int, int]]] = {
+    "tiny": SIZES["tiny"],
+    "quick": [(32, 56, 160)],
+    "full": [(32, 56, 160), (32, 56, 32), (32, 28, 64), (32, 7, 256)],
+}
+"""(batch, height and width, channels): maps of the ImageNet models."""
+
+Draw = Callable[..., Tensor]
+
+
+def _maps(randn: Draw, batch: int, side: int, channels: int) -> Tensor:
+    return randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def groupnorm(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:
+    """With its relu, as behind a block's first convolution."""
+    x, gain = _maps(randn, batch, side, channels), randn(channels)
+    return lambda: norms.groupnorm(x, GROUPS, gain, gain, relu=True, backend=backend)
+
+
+def groupnorm_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
+    x, gain = _maps(randn, batch, side, channels), randn(channels)
+    return lambda: functional.relu(functional.group_norm(x, GROUPS, gain, gain))
+
+
+def groupnorm_vjp(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:
+    x, vector, gain = (
+        _maps(randn, batch, side, channels),
+        _maps(randn, batch, side, channels),
+        randn(channels),
+    )
+    _, held = norms.groupnorm_evaluated(x, GROUPS, gain, gain, relu=True, backend=backend)
+    return lambda: norms.groupnorm_vjp(vector, held, backend)
+
+
+def groupnorm_vjp_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
+    x, vector, gain = (
+        _maps(randn, batch, side, channels),
+        _maps(randn, batch, side, channels),
+        randn(channels),
+    )
+    x.requires_grad_()
+    value = functional.relu(functional.group_norm(x, GROUPS, gain, gain))
+    return lambda: torch.autograd.grad(value, x, vector, retain_graph=True)
+
+
+def groupnorm_second(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:
+    """The gradients of `⟨w, product⟩`, as the penalty's backward pass needs them."""
+    x, vector, along = (_maps(randn, batch, side, channels) for _ in range(3))
+    gain = randn(channels).requires_grad_()
+    leaves = [x.requires_grad_(), vector.requires_grad_(), gain]
+    _, held = norms.groupnorm_evaluated(x.detach(), GROUPS, gain.detach(), gain.detach(), relu=True)
+    product, _ = norms.groupnorm_vjp(vector, held._replace(x=x, gain=gain), backend)
+    return lambda: torch.autograd.grad(product, leaves, along, retain_graph=True)
+
+
+def groupnorm_second_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
+    x, vector, along = (_maps(randn, batch, side, channels) for _ in range(3))
+    gain = randn(channels).requires_grad_()
+    leaves = [x.requires_grad_(), vector.requires_grad_(), gain]
+    value = functional.relu(functional.group_norm(x, GROUPS, gain, gain))
+    (product,) = torch.autograd.grad(value, x, vector, create_graph=True)
+    return lambda: torch.autograd.grad(product, leaves, along, retain_graph=True)
+
+
+def _terms(randn: Draw, batch: int, side: int, channels: int) -> list[Tensor]:
+    return [_maps(randn, batch, side // factor, channels) for factor in FACTORS]
+
+
+def fusion(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:
+    base, terms = _maps(randn, batch, side, channels), _terms(randn, batch, side, channels)
+    return lambda: fusions.fusion(base, terms, backend=backend)
+
+
+def fusion_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
+    base, terms = _maps(randn, batch, side, channels), _terms(randn, batch, side, channels)
+
+    def call() -> Tensor:
+        total = base
+        for term, factor in zip(terms, FACTORS, strict=True):
+            total = total + (functional.interpolate(term, scale_factor=factor) if factor > 1 else term)
+        return functional.relu(total)
+
+    return call
+
+
+def fusion_vjp(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:
+    vector, value = _maps(randn, batch, side, channels), _maps(randn, batch, side, channels)
+    return lambda: fusions.fusion_vjp(vector, value, FACTORS, backend)
+
+
+def fusion_vjp_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
+    vector, value = _maps(randn, batch, side, channels), _maps(randn, batch, side, channels)
+
+    def call() -> list[Tensor]:
+        masked = torch.where(value > 0, vector, 0)
+        return [masked, *(functional.avg_pool2d(masked, k, divisor_override=1) for k in FACTORS if k > 1)]
+
+    return call

@@ -1,0 +1,206 @@
+"""GroupNorm with what surrounds it: kernels against float64, float64 against PyTorch and autograd."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import group_norm
+
+from triton_deq.ops import groupnorm as op
+from triton_deq.reference import groupnorm as reference
+from triton_deq.verification import BOUNDS, Case, check_groupnorm
+from triton_deq.verification.case import relative_error
+
+kernels = pytest.mark.kernels
+
+
+def maps(*shape, dtype=torch.float64, device="cpu"):
+    return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+
+
+def tensors(batch=2, channels=4, height=2, width=3, **draw):
+    """x, γ, β, u and r with gradients, and a mask."""
+    shape = (batch, channels, height, width)
+    x, shift, residual = (maps(*shape, **draw).requires_grad_() for _ in range(3))
+    gain, offset, mask = (
+        torch.randn(size, **{"dtype": torch.float64, **draw}) for size in (4, 4, (batch, 4))
+    )
+    return (x, gain.requires_grad_(), offset.requires_grad_(), shift, residual), mask.abs()
+
+
+def plainly(x, groups, gain, offset, mask, shift, residual, relu):
+    value = group_norm(x * mask[:, :, None, None] + shift, groups, gain, offset) + residual
+    return value.relu() if relu else value
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"),
+    [*(((2, 37), "contiguous", dtype) for dtype in BOUNDS), ((2, 500), "strided", "float32")],
+    ids=str,
+)
+def test_kernels_match_the_reference(shape, layout, dtype, device):
+    rows = list(check_groupnorm(Case(getattr(torch, dtype), shape, torch.device(device), 1, layout)))
+    over = [row for row in rows if not row.passed]
+    assert not over, "\n".join(map(str, over))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_groups_larger_than_a_tile(dtype, monkeypatch, device):
+    monkeypatch.setattr(op, "TILE", 32)
+    monkeypatch.setattr(op, "SECOND_TILE", 16)
+    rows = list(check_groupnorm(Case(getattr(torch, dtype), (2, 150), torch.device(device), 2)))
+    assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
+def test_value_and_gradients_are_pytorchs(layout, relu, backend, device):
+    given, mask = tensors(device=device)
+    x, gain, offset, shift, residual = (
+        each.detach().contiguous(memory_format=layout).requires_grad_() if each.dim() == 4 else each
+        for each in given
+    )
+    given = (x, gain, offset, shift, residual)
+    value = op.groupnorm(x, 2, gain, offset, mask, shift, residual, relu, backend=backend)
+    wanted = plainly(x, 2, gain, offset, mask, shift, residual, relu)
+    torch.testing.assert_close(value, wanted)
+    vector = torch.randn_like(value)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, given, vector), torch.autograd.grad(wanted, given, vector)
+    )
+
+
+@pytest.mark.parametrize("given", ["x", "gain", "shift", "residual"])
+def test_what_is_left_out(given, backend, device):
+    (x, gain, offset, shift, _), _ = tensors(device=device)
+    options = {"gain": {"gain": gain, "offset": offset}, "x": {}}.get(given, {given: shift})
+    value = op.groupnorm(x, 4, backend=backend, **options)
+    wanted = group_norm(
+        x + shift if given == "shift" else x, 4, *(options.get(n) for n in ("gain", "offset"))
+    )
+    torch.testing.assert_close(value, wanted + shift if given == "residual" else wanted)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_first_second_and_third_derivatives(relu):
+    """Of the value in all that it takes; and of its product, which knows what μ and σ are of x."""
+    given, mask = tensors(channels=4, height=1)
+
+    def value(x, gain, offset, shift, residual):
+        return op.groupnorm(x, 2, gain, offset, mask, shift, residual, relu, backend="reference")
+
+    def product(vector, x, gain, offset, shift, residual):
+        held = op.groupnorm_evaluated(x, 2, gain, offset, mask, shift, residual, relu, backend="reference")[1]
+        return op.groupnorm_vjp(vector, held, "reference")
+
+    vector = torch.randn_like(given[0]).requires_grad_()
+    for function, inputs in ((value, given), (product, (vector, *given))):
+        assert gradcheck(function, inputs)
+        assert gradgradcheck(function, inputs)
+
+
+def test_second_derivatives_where_what_is_added_is_made_of_x():
+    x = maps(1, 4, 1, 3).requires_grad_()
+    ours = op.groupnorm(x, 2, shift=x.sin(), residual=2 * x, backend="reference")
+    theirs = group_norm(x + x.sin(), 2) + 2 * x
+    vector = torch.randn_like(x)
+    found, wanted = (torch.autograd.grad(value, x, vector, create_graph=True)[0] for value in (ours, theirs))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(first.square().sum(), x)[0] for first in (found, wanted))
+    )
+
+
+@kernels
+def test_derivatives_by_the_kernels(device):
+    given, mask = tensors(batch=1, height=1, width=2, device=device)
+    vector = torch.randn_like(given[0]).requires_grad_()
+
+    def product(vector, x, gain, offset, shift, residual):
+        value, held = op.groupnorm_evaluated(
+            x, 2, gain, offset, mask, shift, residual, True, backend="triton"
+        )
+        return value, *op.groupnorm_vjp(vector, held, "triton")
+
+    assert gradcheck(product, (vector, *given), fast_mode=True)
+
+
+def test_the_reference_without_a_graph_is_the_one_with(device):
+    (x, gain, offset, shift, residual), mask = tensors()
+    with torch.no_grad():
+        found = reference.groupnorm_fwd(x, 2, gain, offset, mask, shift, residual, True, 1e-5)
+        wanted = reference.groupnorm(x, 2, gain, offset, mask, shift, residual, True)
+        torch.testing.assert_close(found, wanted)
+        held = reference.Normalised(x, gain, mask, shift, *found[1:], found[0])
+        vector = torch.randn_like(x)
+        product = reference.groupnorm_vjp_fwd(vector, held)
+        torch.testing.assert_close((product.x, product.other), reference.groupnorm_vjp(vector, held))
+
+
+@kernels
+def test_no_statistic_is_lost_in_a_large_mean(monkeypatch, device):
+    monkeypatch.setattr(op, "TILE", 8)
+    x = maps(2, 4, 4, 4, dtype=torch.float32, device=device)
+    value = op.groupnorm(x + 1000, 2, backend="triton")
+    rounded = (x + 1000).double()  # what the sum has left of x
+    assert relative_error(value, group_norm(rounded, 2)) < 1e-4
+
+
+def test_value_into_a_place(backend, device):
+    """Of a packed state, of another dtype, or one that no kernel writes to."""
+    with torch.no_grad():
+        x = maps(2, 4, 2, 3, dtype=torch.float32, device=device)
+        wanted = group_norm(x, 2).relu()
+        packed = torch.full((2, 40), math.nan, dtype=torch.float32, device=device)
+        part = packed[:, 8:32].unflatten(1, (2, 3, 4)).permute(0, 3, 1, 2)
+        for out in (part, torch.empty(2, 4, 2, 3, device=device), maps(2, 4, 2, 3, device=device)):
+            value = op.groupnorm(x, 2, relu=True, backend=backend, out=out)
+            assert value is out
+            torch.testing.assert_close(out.float(), wanted)
+        assert packed[:, :8].isnan().all()
+        assert packed[:, 32:].isnan().all()
+
+
+def test_nan_stays_in_its_group(backend, device):
+    x = maps(2, 4, 2, 2, device=device)
+    x[1, 3, 0, 1] = math.nan
+    value = op.groupnorm(x, 2, relu=True, backend=backend)
+    assert value[1, 2:].isnan().all()
+    assert value[:1].isfinite().all()
+    assert value[1, :2].isfinite().all()
+
+
+def test_empty_batch(backend, device):
+    x = maps(0, 4, 2, 2, device=device).requires_grad_()
+    value = op.groupnorm(x, 2, relu=True, backend=backend)
+    assert value.shape == x.shape
+    value.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"groups": 3}, ValueError, "x has 4 channels, which groups=3 does not divide"),
+        ({"groups": 0}, ValueError, "groups=0 is too small"),
+        ({"x": torch.zeros(2, 4)}, ValueError, r"x has shape \(2, 4\): give x of shape \[B, C, H, W\]"),
+        ({"x": torch.zeros(2, 4, 1, 1, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"gain": torch.ones(4)}, ValueError, "gain was given and offset=None"),
+        ({"mask": torch.ones(4)}, ValueError, r"mask has shape \(4,\): for this x it must be \(2, 4\)"),
+        ({"shift": torch.ones(2, 4, 1, 1)}, ValueError, r"shift has shape \(2, 4, 1, 1\)"),
+        ({"epsilon": 0.0}, ValueError, r"epsilon=0.0 is outside \(0, ∞\)"),
+        ({"mask": torch.ones(2, 4, requires_grad=True)}, ValueError, "no gradient reaches a mask"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        op.groupnorm(**{"x": torch.zeros(2, 4, 3, 3), "groups": 2, **change})
+
+
+def test_a_vector_of_another_shape():
+    held = op.groupnorm_evaluated(torch.randn(2, 4, 3, 3), 2)[1]
+    with pytest.raises(ValueError, match=r"vector has shape \(2, 4, 3, 2\), the value has \(2, 4, 3, 3\)"):
+        op.groupnorm_vjp(torch.randn(2, 4, 3, 2), held)

@@ -1,0 +1,455 @@
+"""GroupNorm with what surrounds it in a multiscale DEQ, as an op, and its vector-Jacobian product.
+
+Inside torch.compile and in the transforms of torch.func the ordinary operators run: those know what to make
+of them. Autocast changes nothing: statistics are wide anyway, and the value has x's dtype.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_number
+from ..reference import groupnorm as reference
+from ..reference.groupnorm import Gradients, Normalised
+from ..reference.record import accumulate_dtype
+from .launch import (
+    fresh,
+    kernels_serve,
+    laid,
+    launch,
+    next_power_of_2,
+    sample_stride,
+    transformed,
+    wide_dtype,
+)
+
+TILE = 4096
+"""Entries of a group that a program holds at once, and of each of five sums in the second derivatives."""
+SECOND_TILE = 2048
+
+
+def groupnorm(
+    x: Tensor,
+    groups: int,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`relu(γ ⊙ n + β + r)` with `n = (s − μ) / σ`, `σ² = var(s) + ε`, of `s = m ⊙ x + u`.
+
+    Mean and variance are those of a group of channels of a sample (Wu & He, arXiv 1803.08494). Everything
+    but x may be left out, the relu too.
+
+    Args:
+        x: `[B, C, H, W]`, floating; channels-last is read as it lies, however far apart samples are.
+        groups: G, which divides C.
+        gain, offset: γ and β `[C]`, both or neither.
+        mask: m `[B, C]`, as of a dropout of whole channels; no gradient reaches it.
+        shift: u, of x's shape. residual: r, of x's shape.
+        relu: whether a relu ends it.
+        epsilon: ε above 0.
+        backend: "auto", "triton" or "reference".
+        out: where the value is left, of x's shape and any floating dtype; only without gradients.
+
+    Statistics are taken in float32, or in float64 for float64, in two passes.
+
+    Returns:
+        `[B, C, H, W]` in x's dtype, channels-last where x is; differentiable to any order.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+    """
+    return groupnorm_evaluated(x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out)[0]
+
+
+def groupnorm_evaluated(
+    x: Tensor,
+    groups: int,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> tuple[Tensor, Normalised]:
+    """The value of `groupnorm`, and what `groupnorm_vjp` needs of it."""
+    _check(x, groups, gain, offset, mask, shift, residual, epsilon)
+    inputs = (x, gain, offset, mask, shift, residual)
+    served = kernels_serve(x, backend, autocast=True)
+    if not served and (transformed() or x.numel() == 0):
+        value, mean, inverse = reference.groupnorm(
+            x, groups, gain, offset, mask, shift, residual, relu, epsilon
+        )
+        value = value if out is None else out.copy_(value)
+    elif torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
+        value, mean, inverse = GroupNormFunction.apply(*inputs, groups, relu, epsilon, served)
+    else:
+        make = groupnorm_fwd if served else reference.groupnorm_fwd
+        value, mean, inverse = make(x, groups, *inputs[1:], relu, epsilon, out)
+    return value, Normalised(x, gain, mask, shift, mean, inverse, value if relu else None)
+
+
+def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The gradients of `⟨vector, value⟩` in x and in r.
+
+    With `v = vector ⊙ 1[value > 0]`, which is the second, and `g = γ ⊙ v`: that in s is
+    `(g − mean(g) − n mean(g n)) / σ` with means over a group, and that in x is m times it.
+
+    Args:
+        vector: `[B, C, H, W]`.
+        held: as `groupnorm_evaluated` gives it.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        A tensor like x and one like vector, differentiable to any order, also in x and u through μ and σ.
+
+    Raises:
+        ValueError: a vector of another shape.
+    """
+    if vector.shape != held.x.shape:
+        raise ValueError(
+            f"vector has shape {tuple(vector.shape)}, the value has {tuple(held.x.shape)}: give a vector of "
+            "that shape"
+        )
+    served = kernels_serve(vector, backend, autocast=True)
+    if not served and (transformed() or vector.numel() == 0):
+        return reference.groupnorm_vjp(vector, held)
+    inputs = (vector, *held[:4])
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
+        return GroupNormVJPFunction.apply(vector, *held, served)
+    make = groupnorm_vjp_fwd if served else reference.groupnorm_vjp_fwd
+    found = make(vector, held)
+    return found.x, found.other
+
+
+# ------------------------------------------------------------------------------------------- the launches
+
+
+def groupnorm_fwd(
+    x: Tensor,
+    groups: int,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    epsilon: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.groupnorm_fwd`, by the kernel."""
+    x, residual = laid(x), None if residual is None else laid(residual)
+    shift = None if shift is None else laid(shift)
+    value = out if out is not None and laid(out) is out else fresh(x)
+    wide = accumulate_dtype(x.dtype)
+    mean, inverse = (x.new_empty(x.shape[0], groups, dtype=wide) for _ in range(2))
+    grid, constants = _tiles(x, groups, TILE)
+    launch(
+        _kernels().groupnorm_kernel,
+        grid,
+        x,
+        x if mask is None else mask.contiguous(),
+        x if shift is None else shift,
+        x if gain is None else gain.contiguous(),
+        x if offset is None else offset.contiguous(),
+        x if residual is None else residual,
+        value,
+        mean,
+        inverse,
+        *(sample_stride(x if each is None else each) for each in (x, shift, residual, value)),
+        MASK=mask is not None,
+        SHIFT=shift is not None,
+        GAIN=gain is not None,
+        RESIDUAL=residual is not None,
+        RELU=relu,
+        EPSILON=float(epsilon),
+        **constants,
+    )
+    return value if out is None or value is out else out.copy_(value), mean, inverse
+
+
+def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False) -> Gradients:
+    """As `reference.groupnorm_vjp_fwd`, by the kernel."""
+    x, gain, mask, shift, mean, inverse, value = held
+    vector, x = laid(vector), laid(x)
+    shift, value = (None if each is None else laid(each) for each in (shift, value))
+    of_x = fresh(x)
+    of_sum = of_x if mask is None else fresh(x)
+    v = vector if value is None else fresh(vector)
+    sums = mean.new_empty(len(x), 2, x.shape[1]) if parameters else mean
+    grid, constants = _tiles(x, mean.shape[1], TILE)
+    launch(
+        _kernels().groupnorm_vjp_kernel,
+        grid,
+        vector,
+        x,
+        x if mask is None else mask.contiguous(),
+        x if shift is None else shift,
+        x if gain is None else gain.contiguous(),
+        mean,
+        inverse,
+        x if value is None else value,
+        of_x,
+        of_sum,
+        v,
+        sums,
+        *(sample_stride(x if each is None else each) for each in (vector, x, shift, value)),
+        MASK=mask is not None,
+        SHIFT=shift is not None,
+        GAIN=gain is not None,
+        RELU=value is not None,
+        SUM=mask is not None,
+        OTHER=value is not None,
+        PARAMETERS=parameters,
+        **constants,
+    )
+    of_gain = of_offset = None
+    if parameters:
+        of_offset, of_gain = sums.sum(0).to(vector.dtype if gain is None else gain.dtype)
+    return Gradients(of_x, of_sum, v, of_gain, of_offset)
+
+
+def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, held: Normalised) -> Gradients:
+    """As `reference.groupnorm_second_fwd`, by the kernel."""
+    x, gain, mask, shift, mean, inverse, value = held
+    along, vector, x = laid(along), laid(vector), laid(x)
+    beside, shift, value = (None if each is None else laid(each) for each in (beside, shift, value))
+    of_x, of_vector = fresh(x), fresh(vector)
+    of_sum = of_x if mask is None else fresh(x)
+    sums = mean if gain is None else mean.new_empty(len(x), x.shape[1])
+    grid, constants = _tiles(x, mean.shape[1], SECOND_TILE)
+    launch(
+        _kernels().groupnorm_second_kernel,
+        grid,
+        along,
+        x if beside is None else beside,
+        vector,
+        x,
+        x if mask is None else mask.contiguous(),
+        x if shift is None else shift,
+        x if gain is None else gain.contiguous(),
+        mean,
+        inverse,
+        x if value is None else value,
+        of_x,
+        of_sum,
+        of_vector,
+        sums,
+        *(sample_stride(x if each is None else each) for each in (along, beside, vector, x, shift, value)),
+        BESIDE=beside is not None,
+        MASK=mask is not None,
+        SHIFT=shift is not None,
+        GAIN=gain is not None,
+        RELU=value is not None,
+        SUM=mask is not None,
+        **constants,
+    )
+    of_gain = None if gain is None else sums.sum(0).to(gain.dtype)
+    return Gradients(of_x, of_sum, of_vector, of_gain, None)
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """`(x, γ, β, m, u, r) ↦ (value, μ, 1/σ)`; μ and 1/σ carry no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        gain: Tensor | None,
+        offset: Tensor | None,
+        mask: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        groups: int,
+        relu: bool,
+        epsilon: float,
+        served: bool,
+    ):
+        make = groupnorm_fwd if served else reference.groupnorm_fwd
+        value, mean, inverse = make(x, groups, gain, offset, mask, shift, residual, relu, epsilon)
+        ctx.save_for_backward(x, gain, mask, shift, mean, inverse, value if relu else None, offset)
+        ctx.served, ctx.epsilon = served, epsilon
+        ctx.mark_non_differentiable(mean, inverse)
+        return value, mean, inverse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Any):
+        *saved, offset = ctx.saved_tensors
+        held = Normalised(*saved)
+        of_x, of_gain, of_offset, _, of_shift, of_residual = ctx.needs_input_grad[:6]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            found = _by_operators(grad, held, offset, ctx.epsilon)
+        else:
+            make = groupnorm_vjp_fwd if ctx.served else reference.groupnorm_vjp_fwd
+            found = make(grad, held, of_gain or of_offset)
+        return (
+            found.x if of_x else None,
+            found.gain if of_gain else None,
+            found.offset if of_offset else None,
+            None,
+            found.shift if of_shift else None,
+            found.other if of_residual else None,
+            *(None,) * 4,
+        )
+
+
+class GroupNormVJPFunction(torch.autograd.Function):
+    """`(v, x, γ, m, u; μ, 1/σ, value) ↦` the gradients in x and r; its own knows what μ and σ are of x."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        vector: Tensor,
+        x: Tensor,
+        gain: Tensor | None,
+        mask: Tensor | None,
+        shift: Tensor | None,
+        mean: Tensor,
+        inverse: Tensor,
+        value: Tensor | None,
+        served: bool,
+    ):
+        make = groupnorm_vjp_fwd if served else reference.groupnorm_vjp_fwd
+        ctx.served = served
+        ctx.set_materialize_grads(False)
+        found = make(vector, Normalised(x, gain, mask, shift, mean, inverse, value))
+        # PyTorch's operators have no sums to begin from in the backward pass, but the product in s.
+        of_sum = None if served else found.shift
+        ctx.save_for_backward(vector, of_sum, x, gain, mask, shift, mean, inverse, value)
+        # Without a relu the second result is the vector itself, which a Function may not return.
+        return found.x, found.other.view_as(found.other)
+
+    @staticmethod
+    def backward(ctx, along: Tensor | None, beside: Tensor | None):
+        vector, of_sum, *saved = ctx.saved_tensors
+        held = Normalised(*saved)
+        of_vector, of_x, of_gain, _, of_shift = ctx.needs_input_grad[:5]
+        along = torch.zeros_like(vector) if along is None else along
+        if torch.is_grad_enabled():
+            found = _second_by_operators(along, beside, vector, held)
+        elif ctx.served:
+            found = groupnorm_second_fwd(along, beside, vector, held)
+        else:
+            found = reference.groupnorm_second_fwd(along, beside, vector, of_sum, held)
+        return (
+            found.other if of_vector else None,
+            found.x if of_x else None,
+            found.gain if of_gain else None,
+            None,
+            found.shift if of_shift else None,
+            *(None,) * 4,
+        )
+
+
+def _by_operators(grad: Tensor, held: Normalised, offset: Tensor | None, epsilon: float) -> Gradients:
+    """The gradients by ordinary operators, with a graph."""
+    v = grad if held.value is None else torch.where(held.value > 0, grad, 0)
+    shift = torch.zeros_like(held.x) if held.shift is None else held.shift
+    x, shift, gain, offset = given = tuple(_tracked(each) for each in (held.x, shift, held.gain, offset))
+    groups = held.mean.shape[1]
+    value = reference.groupnorm(x, groups, gain, offset, held.mask, shift, None, False, epsilon)[0]
+    of_x, of_shift, of_gain, of_offset = _gradients(value, given, v)
+    return Gradients(of_x, of_shift, v, of_gain, of_offset)
+
+
+def _second_by_operators(along: Tensor, beside: Tensor | None, vector: Tensor, held: Normalised) -> Gradients:
+    shift = torch.zeros_like(held.x) if held.shift is None else held.shift
+    x, shift, gain, vector = given = tuple(_tracked(each) for each in (held.x, shift, held.gain, vector))
+    of_x, of_residual = reference.groupnorm_vjp(vector, held._replace(x=x, shift=shift, gain=gain))
+    total = (of_x * along).sum()
+    total = total if beside is None else total + (of_residual * beside).sum()
+    in_x, in_shift, in_gain, in_vector = _gradients(total, given, None)
+    return Gradients(in_x, in_shift, in_vector, in_gain, None)
+
+
+def _tracked(tensor: Any) -> Any:
+    """Something to differentiate by, with the tensor's graph; None stays.
+
+    An alias of it: of two tensors one may be made from the other, and what is asked for is the gradient in
+    the one where the other stays what it is.
+    """
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _gradients(value: Tensor, given: tuple[Any, ...], vector: Tensor | None) -> list[Any]:
+    """Of the value in each that is given, None where nothing is."""
+    there = [each for each in given if each is not None]
+    found = iter(torch.autograd.grad(value, there, vector, create_graph=True, materialize_grads=True))
+    return [None if each is None else next(found) for each in given]
+
+
+# ------------------------------------------------------------------------------------ shapes and their checks
+
+
+def _tiles(x: Tensor, groups: int, most: int) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the launch's constants: a program a group, which it reads in tiles of `most` entries."""
+    batch, channels, height, width = x.shape
+    block = next_power_of_2(channels // groups)
+    rows = min(max(most // block, 1), next_power_of_2(height * width))
+    constants = {
+        "P": height * width,
+        "C": channels,
+        "G": groups,
+        "WIDE": wide_dtype(x.dtype),
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": min(max(rows * block // 512, 1), 8),
+    }
+    return (batch * groups,), constants
+
+
+def _check(
+    x: Tensor,
+    groups: int,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    epsilon: float,
+) -> None:
+    check_number("epsilon", epsilon, 0, open_low=True)
+    check_count("groups", groups)
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}: convert it to a floating one, e.g. x.float()")
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}: give x of shape [B, C, H, W]")
+    channels = x.shape[1]
+    if channels == 0 or channels % groups:
+        raise ValueError(
+            f"x has {channels} channels, which groups={groups} does not divide: give a divisor of {channels}"
+        )
+    if (gain is None) != (offset is None):
+        given, missing = ("gain", "offset") if offset is None else ("offset", "gain")
+        raise ValueError(f"{given} was given and {missing}=None: give both, or neither")
+    wanted = (
+        ("gain", gain, (channels,)),
+        ("offset", offset, (channels,)),
+        ("mask", mask, (x.shape[0], channels)),
+        ("shift", shift, tuple(x.shape)),
+        ("residual", residual, tuple(x.shape)),
+    )
+    for name, tensor, shape in wanted:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: for this x it must be {shape}")
+    if mask is not None and mask.requires_grad:
+        raise ValueError("mask.requires_grad=True, and no gradient reaches a mask: give mask.detach()")
+
+
+def _kernels() -> ModuleType:
+    from ..kernels import groupnorm
+
+    return groupnorm

@@ -3,7 +3,7 @@
 `solve` finds a fixed point, `fixed_point` one with a gradient, `DEQ` wraps a cell into a model.
 """
 
-from .cells import Activation, MLPCell, TransformerCell
+from .cells import Activation, MDEQCell, MLPCell, TransformerCell
 from .deq import DEQ, DEQOutput
 from .gradients import ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
 from .jacobian import JacobianPenalty, jacobian_norm, jacobian_norm_of, spectral_radius
@@ -20,6 +20,7 @@ __all__ = [
     "DEQOutput",
     "ImplicitGradient",
     "JacobianPenalty",
+    "MDEQCell",
     "MLPCell",
     "NotConverged",
     "PhantomGradient",

@@ -1,6 +1,6 @@
 """A deep equilibrium model: a cell, a solver, a gradient and a penalty."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ class Injected:
 
     cell: Any
     u: Any
+    _evaluated: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.cell(z, self.u)
@@ -49,7 +50,19 @@ class Injected:
     def vjp(self) -> Any:
         """`z ↦ (value, ε ↦ εᵀJ)` where the cell knows it, else None."""
         product = getattr(self.cell, "vjp", None)
-        return None if product is None or self._hooked else lambda z: product(z, self.u)
+        return None if product is None or self._hooked else partial(self._linearised, product)
+
+    def _linearised(self, product: Any, z: Tensor) -> Any:
+        """The cell's own answer; the last one again where it is asked the same with gradients.
+
+        So the gradient and the penalty share one evaluation at the equilibrium, and one backward pass of it.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or z.requires_grad:
+            return product(z, self.u)
+        asked = (z.data_ptr(), z._version, z.shape, z.stride(), z.dtype)
+        if not self._evaluated or self._evaluated[0] != asked:
+            self._evaluated[:] = (asked, product(z, self.u), z)  # z stays, and so does its address
+        return self._evaluated[1]
 
     @property
     def jacobian_norms(self) -> Any:

@@ -90,9 +90,9 @@ class ImplicitGradient:
         # An f that writes into the ring would do so for stopped samples too, whose pairs SHINE needs.
         copied = f if self.shine is None else lambda z: f(z)
         solution, state = solve_and_keep(copied, z0, solver, backend=backend, **options)
-        at = solution.value.detach().requires_grad_()
-        graph = bool(options["graph"])
         closed = closed_vjp(f)
+        at = solution.value.detach().requires_grad_(closed is None)
+        graph = bool(options["graph"])
         with on_capture_stream(at.device, graph):
             value, pullback = (f(at), None) if closed is None else closed(at)
         check_value(value, at)

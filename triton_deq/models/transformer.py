@@ -12,7 +12,7 @@ from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
 from ..solvers import Solution
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .configurations import LanguageModelConfiguration
+from .language_configurations import LanguageModelConfiguration
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,432 @@
+"""The multiscale cell: residual blocks on several resolutions, and sums of all of them into each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..checks import check_count, check_number
+from ..ops.fusion import fusion, fusion_vjp
+from ..ops.groupnorm import groupnorm_evaluated, groupnorm_vjp
+from ..reference.groupnorm import Normalised
+from .layers import does_as, normalise_kernels
+
+
+class Scale(NamedTuple):
+    """The size of one resolution's maps."""
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def entries(self) -> int:
+        return self.channels * self.height * self.width
+
+
+class MDEQInjection(NamedTuple):
+    """u, all that does not depend on z.
+
+    Attributes:
+        shift: `[B, C_0, H, W]`, added on the highest resolution.
+        weights: of every convolution: weight normalisation and autocast's casts are done once for all steps.
+        masks: of the dropout, `[B, C_i]` for each resolution, or None.
+        scales: how a packed state is cut.
+    """
+
+    shift: Tensor
+    weights: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...] | None
+    scales: tuple[Scale, ...]
+
+
+class MDEQCell(nn.Module):
+    """One layer of a multiscale DEQ (Bai, Koltun & Kolter, arXiv 2006.08656, section 3).
+
+    On each resolution i a residual block, `e = GN(relu(z + GN(m ⊙ conv(relu(GN(conv(z)))) + u)))` with 3×3
+    convolutions, the first to `expansion` times the channels, and u on the highest resolution only. Then each
+    resolution gets the sum of all: those that are higher through convolutions of stride 2, those that are
+    lower through a 1×1 convolution and repeated pixels, GN behind every convolution; and of the sum
+    `GN(conv(relu(·)))` with a 1×1 convolution. A cell of one resolution is its block alone.
+
+    Args:
+        channels: C_i of each resolution, the highest first; each has half the height and width of the last.
+        groups: of every GN but the final ones, which have half as many.
+        expansion: inner channels of a block over its own.
+        dropout: probability of the masks m of whole channels while training, one mask for a solve.
+        weight_norm: `w = g v / ‖v‖` for each output channel (torch's parametrization) of the blocks' and the
+            final convolutions, as in the authors' code.
+        post_affine: whether the final GNs have gain and offset.
+        init_std: convolutions start from N(0, init_std²).
+
+    Shapes: z `[B, N]` is the packed state: the maps one after another, each channels-last, `[H, W, C]`; they
+    are views of it (`maps`). `inject(x)` takes the features `[B, C_0, H, W]` of the highest resolution.
+
+    The cell knows its vector-Jacobian product in closed form (`vjp`), so a backward solve needs no autograd
+    engine, and the Jacobian penalty no double backward. Convolutions are PyTorch's; all between is fused.
+
+    Raises:
+        TypeError, ValueError: an argument outside its range; channels that groups do not divide; features of
+            another number of channels, or too small for the number of resolutions; a layer that was replaced
+            or has a hook: the cell reads weights and does not call its layers.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        groups: int = 8,
+        expansion: int = 5,
+        *,
+        dropout: float = 0.0,
+        weight_norm: bool = True,
+        post_affine: bool = True,
+        init_std: float = 0.01,
+    ):
+        super().__init__()
+        _check_arguments(channels, groups, expansion, dropout, init_std)
+        self.channels = tuple(channels)
+        self.dropout = dropout
+        count = len(self.channels)
+        self.blocks: Any = nn.ModuleList(Block(width, expansion * width, groups) for width in self.channels)
+        self.fuse: Any = nn.ModuleList()
+        self.post: Any = nn.ModuleList()
+        if count > 1:
+            self.fuse.extend(
+                nn.ModuleList(self._path(source, target, groups) for source in range(count))
+                for target in range(count)
+            )
+            self.post.extend(
+                ConvNorm(width, width, 1, max(groups // 2, 1), affine=post_affine) for width in self.channels
+            )
+        self._units = [layer for layer in self.modules() if isinstance(layer, ConvNorm)]
+        for place, unit in enumerate(self._units):
+            unit.place = place
+        for unit in self._units:
+            nn.init.normal_(unit.conv.weight, 0, init_std)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if weight_norm:
+            for unit in self._units:
+                if not unit.fuses:
+                    normalise_kernels(unit.conv)
+
+    def _path(self, source: int, target: int, groups: int) -> nn.Sequential:
+        """What brings the maps of one resolution to another; nothing where they are the same."""
+        begin, end = self.channels[source], self.channels[target]
+        if target <= source:
+            return nn.Sequential(*[ConvNorm(begin, end, 1, groups, fuses=True)] if target < source else [])
+        steps = target - source
+        widths = [begin] * steps + [end]
+        return nn.Sequential(
+            *(
+                ConvNorm(widths[k], widths[k + 1], 3, groups, stride=2, relu=k + 1 < steps, fuses=True)
+                for k in range(steps)
+            )
+        )
+
+    # ------------------------------------------------------------------------------- once a solve
+
+    def inject(self, x: Tensor) -> MDEQInjection:
+        """u from the features `[B, C_0, H, W]`."""
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.channels[0]:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x is {given}: give features [B, {self.channels[0]}, H, W]")
+        step = 2 ** (len(self.channels) - 1)
+        height, width = x.shape[2:]
+        if height == 0 or width == 0 or height % step or width % step:
+            raise ValueError(
+                f"x has maps of {height}×{width}, and {len(self.channels)} resolutions halve them "
+                f"{len(self.channels) - 1} times: give height and width as multiples of {step}"
+            )
+        scales = tuple(
+            Scale(each, height >> place, width >> place) for place, each in enumerate(self.channels)
+        )
+        shift = x.contiguous(memory_format=torch.channels_last)
+        return MDEQInjection(shift, self._weights(x.device.type), self._masks(x), scales)
+
+    def initial_state(self, u: MDEQInjection) -> Tensor:
+        """Zeros, `[B, N]`."""
+        weight = self._units[0].conv.weight
+        return weight.new_zeros(len(u.shift), sum(scale.entries for scale in u.scales))
+
+    def select(self, u: MDEQInjection, samples: Tensor) -> MDEQInjection:
+        """u for these samples of the batch alone."""
+        shift = u.shift[samples].contiguous(memory_format=torch.channels_last)
+        masks = None if u.masks is None else tuple(mask[samples] for mask in u.masks)
+        return u._replace(shift=shift, masks=masks)
+
+    def maps(self, z: Tensor, u: MDEQInjection) -> list[Tensor]:
+        """The maps `[B, C_i, H_i, W_i]` of a packed state, channels-last, as views of it."""
+        return unpack(z, u.scales)
+
+    def _weights(self, device: str) -> tuple[Tensor, ...]:
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for layer in self.modules():
+            kind = next((kind for kind in (nn.Conv2d, nn.GroupNorm) if isinstance(layer, kind)), None)
+            if kind is not None and not does_as(kind, layer):
+                raise TypeError(
+                    f"a {kind.__name__} of the cell was replaced or has a hook, and the cell reads its "
+                    "weight without calling it: change the weight by torch.nn.utils.parametrize instead"
+                )
+        weights = []
+        for unit in self._units:
+            weight = unit.conv.weight if cast is None else unit.conv.weight.to(cast)
+            weights.append(weight.contiguous(memory_format=torch.channels_last))
+        return tuple(weights)
+
+    def _masks(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Variational dropout (Gal & Ghahramani, arXiv 1506.02142) of whole channels: 0 or 1 / (1 − p)."""
+        if not (self.training and self.dropout):
+            return None
+        kept = 1 - self.dropout
+        like = self._units[0].conv.weight
+        return tuple(like.new_empty(len(x), width).bernoulli_(kept) / kept for width in self.channels)
+
+    # ------------------------------------------------------------------------------- every step
+
+    def forward(self, z: Tensor, u: MDEQInjection) -> Tensor:
+        """The next state `[B, N]` from z and `u = inject(x)`."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return pack(self._evaluate(z, u)).to(z.dtype)
+        out = torch.empty_like(z, memory_format=torch.contiguous_format)
+        self._evaluate(z, u, out=out)
+        return out
+
+    def write(self, z: Tensor, u: MDEQInjection, out: Tensor) -> None:
+        """The next state into `out`; without gradients."""
+        if does_as(MDEQCell, self):
+            self._evaluate(z, u, out=out)
+        else:
+            out.copy_(self.forward(z, u))
+
+    @property
+    def vjp(self) -> Callable[[Tensor, MDEQInjection], tuple[Tensor, "Pullback"]] | None:
+        """`(z, u) ↦ (value, ε ↦ εᵀJ)` for ε `[..., B, N]`, or None in a subclass with its own forward."""
+        return self._vjp if does_as(MDEQCell, self) else None
+
+    def _vjp(self, z: Tensor, u: MDEQInjection) -> tuple[Tensor, "Pullback"]:
+        kept = Kept({}, {})
+        value = pack(self._evaluate(z, u, kept)).to(z.dtype)
+        return value, Pullback(self, u, kept, z.dtype)
+
+    def _evaluate(
+        self, z: Tensor, u: MDEQInjection, kept: "Kept | None" = None, out: Tensor | None = None
+    ) -> list[Tensor]:
+        """The next maps, left in `out` if given; what products need of the way is left in `kept`."""
+        if z.shape != (len(u.shift), sum(scale.entries for scale in u.scales)):
+            wanted = (len(u.shift), sum(scale.entries for scale in u.scales))
+            raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {wanted}: give z that shape")
+        places: Sequence[Tensor | None] = [None] * len(u.scales) if out is None else unpack(out, u.scales)
+        alone = len(u.scales) == 1
+        branches = [
+            block(
+                x,
+                u,
+                None if u.masks is None else u.masks[i],
+                u.shift if i == 0 else None,
+                kept,
+                places[i] if alone else None,
+            )
+            for i, (block, x) in enumerate(zip(self.blocks, unpack(z, u.scales), strict=True))
+        ]
+        if alone:
+            return branches
+        fused = [self._fused(i, branches, u, kept) for i in range(len(branches))]
+        return [post(x, u, kept, out=place) for post, x, place in zip(self.post, fused, places, strict=True)]
+
+    def _fused(self, target: int, branches: list[Tensor], u: MDEQInjection, kept: "Kept | None") -> Tensor:
+        terms = []
+        for source, path in enumerate(self.fuse[target]):
+            x = branches[source]
+            for unit in path:
+                x = unit(x, u, kept)
+            if source != target:
+                terms.append(x)
+        value = fusion(branches[target], terms)
+        if kept is not None:
+            kept.fused[target] = value
+        return value
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, dropout={self.dropout}"
+
+
+class ConvNorm(nn.Module):
+    """`GN(conv(x))` and what follows it, with the convolution's weight from u. fuses: between resolutions."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        groups: int,
+        *,
+        stride: int = 1,
+        relu: bool = False,
+        affine: bool = True,
+        fuses: bool = False,
+    ):
+        super().__init__()
+        self.conv: Any = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+        self.norm = nn.GroupNorm(groups, outputs, affine=affine)
+        self.relu = relu
+        self.fuses = fuses
+        self.place = 0
+
+    def forward(
+        self, x: Tensor, u: MDEQInjection, kept: "Kept | None", out: Tensor | None = None, **around: Any
+    ) -> Tensor:
+        product = functional.conv2d(x, u.weights[self.place], None, self.conv.stride, self.conv.padding)
+        return normalised(self.norm, product, kept, out=out, **{"relu": self.relu, **around})
+
+    def pull(self, vector: Tensor, u: MDEQInjection, kept: "Kept") -> tuple[Tensor, Tensor]:
+        """From the gradient in the value to those in x and in the residual."""
+        of_product, of_residual = groupnorm_vjp(vector, kept.norms[self.norm])
+        weight = u.weights[self.place]
+        # An even size, halved, could have been that size less one too.
+        more = 1 if self.conv.stride[0] == 2 else 0
+        of_x = functional.conv_transpose2d(
+            of_product.to(weight.dtype), weight, None, self.conv.stride, self.conv.padding, more
+        )
+        return of_x, of_residual
+
+
+class Block(nn.Module):
+    """`GN(relu(z + GN(m ⊙ conv(relu(GN(conv(z)))) + u)))`."""
+
+    def __init__(self, width: int, inner: int, groups: int):
+        super().__init__()
+        self.first = ConvNorm(width, inner, 3, groups, relu=True)
+        self.second = ConvNorm(inner, width, 3, groups)
+        self.norm = nn.GroupNorm(groups, width)
+
+    def forward(
+        self,
+        z: Tensor,
+        u: MDEQInjection,
+        mask: Tensor | None,
+        shift: Tensor | None,
+        kept: "Kept | None",
+        out: Tensor | None,
+    ) -> Tensor:
+        inner = self.first(z, u, kept)
+        total = self.second(inner, u, kept, mask=mask, shift=shift, residual=z, relu=True)
+        return normalised(self.norm, total, kept, out=out)
+
+    def pull(self, vector: Tensor, u: MDEQInjection, kept: "Kept") -> tuple[Tensor, Tensor]:
+        """From the gradient in the value to two that add up to that in z."""
+        of_total, _ = groupnorm_vjp(vector, kept.norms[self.norm])
+        of_inner, of_residual = self.second.pull(of_total, u, kept)
+        return self.first.pull(of_inner, u, kept)[0], of_residual
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an evaluation leaves to its products: of each norm, and the value of each fusion, by target."""
+
+    norms: dict[nn.Module, Normalised]
+    fused: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """`ε ↦ εᵀJ` of an `MDEQCell` at a state, `[..., B, N]`; differentiable. dtype is the state's."""
+
+    cell: MDEQCell
+    u: MDEQInjection
+    kept: Kept
+    dtype: torch.dtype
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        if vector.dim() > 2:
+            return torch.stack([self(each) for each in vector.flatten(0, -3)]).view(vector.shape)
+        return pack([direct + skipped for direct, skipped in self._parts(vector)]).to(self.dtype)
+
+    def plus(self, shift: Tensor) -> "Adjoint":
+        """`x ↦ xJ + g`."""
+        return Adjoint(self, shift)
+
+    def _parts(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each resolution two tensors that add up to its gradient."""
+        cell, u, kept = self.cell, self.u, self.kept
+        of_branches = unpack(vector, u.scales)
+        if len(of_branches) > 1:
+            of_branches = self._unfused(of_branches)
+        return [block.pull(each, u, kept) for block, each in zip(cell.blocks, of_branches, strict=True)]
+
+    def _unfused(self, vectors: list[Tensor]) -> list[Tensor]:
+        """From the gradients in the next maps to those in what the blocks gave."""
+        cell, u, kept = self.cell, self.u, self.kept
+        direct: list[Tensor] = []
+        crossed: list[list[Tensor]] = [[] for _ in vectors]
+        for target, vector in enumerate(vectors):
+            of_fused, _ = cell.post[target].pull(vector, u, kept)
+            sources = [source for source in range(len(vectors)) if source != target]
+            factors = [2 ** max(source - target, 0) for source in sources]
+            base, *terms = fusion_vjp(of_fused, kept.fused[target], factors)
+            direct.append(base)
+            for source, term in zip(sources, terms, strict=True):
+                for unit in reversed(cell.fuse[target][source]):
+                    term, _ = unit.pull(term, u, kept)
+                crossed[source].append(term)
+        return [fusion(base, terms, relu=False) for base, terms in zip(direct, crossed, strict=True)]
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """`x ↦ xJ + g`, the map of a backward solve, which can leave its value in the solver's ring."""
+
+    pullback: Pullback
+    shift: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.pullback(x) + self.shift
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        scales = self.pullback.u.scales
+        shifts, places = unpack(self.shift, scales), unpack(out, scales)
+        for (direct, skipped), shift, place in zip(self.pullback._parts(x), shifts, places, strict=True):
+            torch.add(direct, skipped, out=place).add_(shift)
+
+
+def normalised(norm: Any, x: Tensor, kept: Kept | None, **around: Any) -> Tensor:
+    value, held = groupnorm_evaluated(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, **around)
+    if kept is not None:
+        kept.norms[norm] = held
+    return value
+
+
+def unpack(z: Tensor, scales: Sequence[Scale]) -> list[Tensor]:
+    """Views `[B, C, H, W]` of a state `[B, N]`."""
+    pieces = z.split([scale.entries for scale in scales], dim=1)
+    return [
+        piece.unflatten(1, (scale.height, scale.width, scale.channels)).permute(0, 3, 1, 2)
+        for piece, scale in zip(pieces, scales, strict=True)
+    ]
+
+
+def pack(maps: Sequence[Tensor]) -> Tensor:
+    """A state `[B, N]` of maps, which are copied."""
+    return torch.cat([each.permute(0, 2, 3, 1).flatten(1) for each in maps], dim=1)
+
+
+def _check_arguments(
+    channels: Sequence[int], groups: int, expansion: int, dropout: float, init_std: float
+) -> None:
+    check_count("groups", groups)
+    check_count("expansion", expansion)
+    check_number("init_std", init_std, 0)
+    check_number("dropout", dropout, 0, 1)
+    if dropout == 1:
+        raise ValueError(f"dropout={dropout!r} drops everything: pick a number in [0, 1)")
+    if not channels:
+        raise ValueError(f"channels={channels!r} has no resolution: give at least one number")
+    for place, width in enumerate(channels):
+        check_count(f"channels[{place}]", width)
+        if width % groups:
+            raise ValueError(
+                f"channels[{place}]={width} is not divisible by groups={groups}: give multiples of {groups}, "
+                "or other groups"
+            )

@@ -2,6 +2,7 @@
 
 from .command import add_arguments, run
 from .errors import CheckpointError, Interrupted, NonFinite, TrainingError
+from .image_classifier import ImageClassifierTask, evaluate_by_nfe
 from .language_model import LanguageModelTask
 from .loop import train
 from .options import TrainingOptions
@@ -10,6 +11,7 @@ from .task import Loss, Task
 
 __all__ = [
     "CheckpointError",
+    "ImageClassifierTask",
     "Interrupted",
     "LanguageModelTask",
     "Loss",
@@ -18,6 +20,7 @@ __all__ = [
     "TrainingError",
     "TrainingOptions",
     "add_arguments",
+    "evaluate_by_nfe",
     "plot",
     "run",
     "train",

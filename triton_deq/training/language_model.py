@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..checks import check_count
 from ..data import Corpus, Segments
 from .averages import Averages
-from .ranks import Ranks
-from .task import Loss, Scalars
+from .equilibrium import EquilibriumTask, solve_scalars
+from .task import Loss
 
 
-class LanguageModelTask:
+class LanguageModelTask(EquilibriumTask):
     """A `DEQTransformerLM` (or `TransformerXL`) and a corpus.
 
     Scalars: loss (the mean negative log-likelihood of a token, in nats), perplexity and, where there is a
@@ -44,7 +44,7 @@ class LanguageModelTask:
         radius_steps: int = 50,
     ):
         check_count("radius_steps", radius_steps)
-        self.model = model
+        super().__init__(model)
         self.corpus = corpus
         described: Any = model.configuration
         if described.vocabulary != len(corpus.words):
@@ -55,7 +55,6 @@ class LanguageModelTask:
         self.batch = batch
         self.length: int = described.segment if length is None else length
         self.radius_steps = radius_steps
-        self._ranks = Ranks()
         self._train = self._segments(corpus.train)
         self._segments(corpus.valid)  # complains now rather than at the first validation
         self._memory: Any = None
@@ -89,19 +88,13 @@ class LanguageModelTask:
             memory = out.memory
             total += out.nll.double().sum().item()
             count += targets.numel()
-            averages.add(_solve_scalars(out.solution))
+            averages.add(solve_scalars(out.solution))
         means = {"loss": total / count, **averages.take(), **radius}
         return self.summarise(self._ranks.mean(means))  # each rank has as many tokens
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         perplexity = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
         return {"loss": means["loss"], "perplexity": perplexity, **means}
-
-    def set_pretraining(self, on: bool) -> None:
-        if hasattr(self.model, "pretraining"):
-            self.model.pretraining = on  # type: ignore[assignment]
-        if self._penalty is not None:
-            self._penalty.pretraining = on
 
     def state_dict(self) -> dict[str, Any]:
         return {"train": self._train.state_dict(), "memory": _pack(self._memory)}
@@ -110,38 +103,9 @@ class LanguageModelTask:
         self._train.load_state_dict(state["train"])
         self._memory = _unpack(state["memory"], self._device)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def _penalty(self) -> Any:
-        return getattr(self.model, "penalty", None)
-
-    @property
-    def _equilibrium(self) -> bool:
-        return hasattr(self.model, "spectral_radius") and not getattr(self.model, "pretraining", False)
-
     def _segments(self, ids: np.ndarray) -> Segments:
         ranks = self._ranks
         return Segments(ids, self.batch, self.length, self._device, ranks.rank, ranks.world)
-
-    def _scalars(self, loss: Tensor, out: Any) -> Scalars:
-        scalars: Scalars = {"loss": loss, **_solve_scalars(out.solution)}
-        if out.solution is not None and self._penalty is not None:
-            scalars["penalty"] = out.penalty.detach()
-        return scalars
-
-
-def _solve_scalars(solution: Any) -> Scalars:
-    """What a solve, and its backward solve if there was one, say of themselves."""
-    scalars: Scalars = {}
-    for prefix, solve in (("", solution), ("backward_", getattr(solution, "backward", None))):
-        if solve is not None:
-            scalars[f"{prefix}nfe"] = float(solve.nfe)
-            scalars[f"{prefix}residual"] = solve.residual.median()
-            scalars[f"{prefix}unconverged"] = 1 - solve.converged.float().mean()
-    return scalars
 
 
 def _pack(memory: Any) -> Any:

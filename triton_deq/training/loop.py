@@ -61,8 +61,11 @@ def train(
 def optimizer_for(parameters: Iterable[nn.Parameter], options: TrainingOptions) -> torch.optim.Optimizer:
     """The optimiser that the options name."""
     lr, decay = options.lr, options.weight_decay
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=options.momentum, weight_decay=decay)
+    if options.optimizer in ("sgd", "nesterov"):
+        nesterov = options.optimizer == "nesterov"
+        return torch.optim.SGD(
+            parameters, lr, momentum=options.momentum, weight_decay=decay, nesterov=nesterov
+        )
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr, weight_decay=decay)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ..checks import check_choice, check_count, check_number
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
 AUTOCAST = ("none", "bf16")
 
 
@@ -29,7 +29,7 @@ class TrainingOptions:
     lr: float = _option(2.5e-4, "the largest learning rate")
     final_lr: float = _option(0.0, "where the cosine ends")
     warmup_steps: int = _option(0, "steps in which the learning rate rises to lr")
-    momentum: float = _option(0.9, "of sgd")
+    momentum: float = _option(0.9, "of sgd and nesterov")
     weight_decay: float = _option(0.0, "on all parameters; decoupled in adamw")
     clip: float = _option(0.25, "largest norm of the whole gradient; 0: any")
     autocast: str = _option("none", "bf16: forward passes under torch.autocast; or none")
@@ -52,6 +52,6 @@ class TrainingOptions:
         check_choice("autocast", self.autocast, AUTOCAST)
         check_number("lr", self.lr, 0, open_low=True)
         check_number("final_lr", self.final_lr, 0, self.lr)
-        check_number("momentum", self.momentum, 0, 1)
+        check_number("momentum", self.momentum, 0, 1, open_low=self.optimizer == "nesterov")
         check_number("weight_decay", self.weight_decay, 0)
         check_number("clip", self.clip, 0)

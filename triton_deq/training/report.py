@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+NFE = "nfe.json"
+"""The accuracy by evaluations of f, where the run was evaluated so."""
 
 
 class Report:
@@ -133,6 +135,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     """Cut away the lines of steps after this one, so that no step is there twice."""
     kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def write_nfe(folder: Path, step: int, accuracy: dict[int, float]) -> None:
+    """Write the accuracy by evaluations of f, and the step that the weights are of."""
+    held = {"step": step, "accuracy": {str(number): value for number, value in accuracy.items()}}
+    replace_text(folder / NFE, json.dumps(held, indent=1) + "\n")
+
+
+def read_nfe(folder: Path) -> dict[int, float]:
+    """What `write_nfe` wrote, in rising order; empty where it has not.
+
+    Raises:
+        ValueError: the file is another one.
+    """
+    path = folder / NFE
+    if not path.is_file():
+        return {}
+    try:
+        accuracy = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
+        return dict(sorted((int(number), float(value)) for number, value in accuracy.items()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} holds no accuracy by evaluations of f ({error}): resume the run, which writes it anew"
+        ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""The command line: `triton-deq demo | verify | inspect | train`."""
+"""The command line: `triton-deq demo | verify | inspect | profile | train`."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": (".demo", "accelerate, stabilise and verify a DEQ on real data"),
     "verify": (".verification", "run every kernel against its float64 reference"),
     "inspect": (".inspection", "compile every kernel for GPUs that need not be there"),
+    "profile": (".profile", "time a model beside ResNet-101, Transformer-XL or a model of yours"),
     "train": (".training", "train a model, or plot runs"),
 }
 """A command's module has `add_arguments(parser)` and `run(arguments) -> exit code`."""

@@ -1,4 +1,4 @@
-"""The command line: `python -m bench run | report | gpu`, from a checkout."""
+"""The command line: `python -m bench run | report | gpu | levers`, from a checkout."""
 
 import argparse
 import logging
@@ -17,7 +17,7 @@ RESULTS = ROOT / "bench" / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="run | report | gpu")
+    commands = parser.add_subparsers(required=True, metavar="run | report | gpu | levers")
 
     run = commands.add_parser("run", help="measure on this machine and append rows")
     run.add_argument("--group", action="append", metavar="G", help="only this group; may be repeated")
@@ -40,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", metavar="DIR")
     gpu.add_argument("--section", action="append", metavar="S", help="only this section; may be repeated")
     gpu.set_defaults(call=_gpu)
+
+    levers = commands.add_parser("levers", help="an image classifier's accuracy against time, lever by lever")
+    levers.add_argument("run", type=Path, metavar="RUN", help="a run on the digits, with the penalty")
+    levers.add_argument("--learned", type=Path, required=True, metavar="RUN", help="with a learned start too")
+    levers.add_argument("--plain", type=Path, required=True, metavar="RUN", help="without either")
+    levers.add_argument("--output", type=Path, default=ROOT / "build" / "levers", metavar="DIR")
+    levers.add_argument("--seconds", type=float, default=20.0, help="of timing (default 20)")
+    levers.set_defaults(call=_levers)
 
     arguments = parser.parse_args(argv)
     # Compilers of peers warn at length about graph breaks; what matters of it is in the rows.
@@ -71,6 +79,12 @@ def _gpu(arguments: argparse.Namespace) -> int:
     from .gpu import main as gpu
 
     return gpu(arguments.minutes, arguments.output, arguments.section)
+
+
+def _levers(arguments: argparse.Namespace) -> int:
+    from .levers import levers
+
+    return levers(arguments.run, arguments.learned, arguments.plain, arguments.output, arguments.seconds)
 
 
 if __name__ == "__main__":

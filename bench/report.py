@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import profiles
 from .rows import Row, read
 from .tables import TITLES, Comparison, compare, copy_bandwidth, devices, every_row, provenance, table
 
@@ -25,7 +26,8 @@ def report(results: Path, output: Path, readme: Path, check: bool) -> int:
     """
     rows = read(sorted(results.glob("*.jsonl")))
     text = readme.read_text(encoding="utf-8")
-    wanted = with_section(text, section(rows))
+    beside = profiles.table(profiles.read(results / "profile"))
+    wanted = with_section(text, section(rows, beside))
     if wanted is None:
         print(f"{readme.name} lacks the markers {BEGIN} and {END}", file=sys.stderr)
         return 1
@@ -40,7 +42,7 @@ def report(results: Path, output: Path, readme: Path, check: bool) -> int:
     if wanted != text:
         readme.write_text(wanted, encoding="utf-8")
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.md").write_text(whole(rows), encoding="utf-8")
+    (output / "report.md").write_text(whole(rows, beside), encoding="utf-8")
     print(f"{len(rows)} rows; {readme.name} updated; tables in {output / 'report.md'}")
     try:
         from .plots import draw
@@ -60,11 +62,13 @@ def with_section(text: str, body: str) -> str | None:
     return text[: begin + len(BEGIN)] + "\n" + body + "\n" + text[end:]
 
 
-def section(rows: Sequence[Row]) -> str:
-    """What stands between the markers."""
+def section(rows: Sequence[Row], beside: str = "") -> str:
+    """What stands between the markers; beside: the table of whole models beside others."""
     if not rows:
         return NO_ROWS
     parts = [PREFACE]
+    if beside:
+        parts += [f"**{profiles.TITLE}**", beside]
     for name, own in devices(rows).items():
         comparisons = compare(own)
         parts += [f"### {name}", _ceilings(comparisons), provenance(_shown(comparisons))]
@@ -75,10 +79,10 @@ def section(rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def whole(rows: Sequence[Row]) -> str:
+def whole(rows: Sequence[Row], beside: str = "") -> str:
     """The report: the section, then every row of the latest runs."""
     latest = _shown([each for own in devices(rows).values() for each in compare(own)])
-    return f"# Benchmarks\n\n{section(rows)}\n\n## Every row\n\n{every_row(latest)}\n"
+    return f"# Benchmarks\n\n{section(rows, beside)}\n\n## Every row\n\n{every_row(latest)}\n"
 
 
 def _shown(comparisons: Sequence[Comparison]) -> list[Row]:

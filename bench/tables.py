@@ -13,6 +13,7 @@ TITLES = {
     "penalty": "Jacobian penalty, milliseconds",
     "training": "Training step of a DEQ, 10 steps forward and 10 backward, milliseconds",
     "language": "DEQ-Transformer at 14 evaluations a solve beside a stacked Transformer-XL, milliseconds",
+    "images": "Multiscale DEQ: its layer, the penalty on it, the model at 14 evaluations, milliseconds",
 }
 """The groups that are comparisons, in the order of the report."""
 
@@ -130,7 +131,7 @@ def table(group: str, comparisons: Sequence[Comparison]) -> str:
         best = comparison.peers[0] if comparison.peers else None
         lines.append(
             [
-                f"{head.op}, {head.mode}" if group in ("penalty", "language") else head.op,
+                f"{head.op}, {head.mode}" if group in ("penalty", "language", "images") else head.op,
                 "×".join(map(str, head.shape)),
                 head.dtype,
                 _number(comparison.cost(ours)),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ..cases import Case, Setting
-from . import ceilings, kernels, language, penalty, solve, step, training
+from . import ceilings, images, kernels, language, penalty, solve, step, training
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "ceilings": ceilings.cases,
@@ -13,4 +13,5 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "penalty": penalty.cases,
     "training": training.cases,
     "language": language.cases,
+    "images": images.cases,
 }

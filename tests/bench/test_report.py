@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench import profiles
 from bench import report as reports
 from bench.report import BEGIN, END, NO_ROWS, report, section, with_section
 from bench.rows import write
@@ -82,7 +83,7 @@ def test_the_section_names_what_ran_where_and_hides_no_loss():
 
 
 def test_readme_and_rows_are_held_together(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reports, "whole", lambda rows: "tables")
+    monkeypatch.setattr(reports, "whole", lambda rows, beside: "tables")
     readme, results, output = tmp_path / "README.md", tmp_path / "results", tmp_path / "out"
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     assert report(results, output, readme, check=True) == 1
@@ -122,3 +123,19 @@ def test_plots(tmp_path):
     ]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_beside_their_peers():
+    shared = {
+        "run": "1", "device": "A processor", "threads": 2, "mode": "inference", "execution": "eager",
+        "dtype": "fp32", "batch": 4, "backward_nfe": None,
+    }  # fmt: skip
+    model = {"role": "model", "name": "deq", "p50_ms": 30.0, "peak_bytes": 10, "nfe": 6}
+    peer = {"role": "against", "name": "resnet101", "p50_ms": 20.0, "peak_bytes": 20}
+    rows = [{**shared, **model, "ratio_p50": 1.5, "f_ratio": 1.25}, {**shared, **peer}]
+    *_, line = profiles.table(rows).splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:5] == ["deq, inference", "A processor, 2 threads", "fp32, eager", "4", "6"]
+    assert cells[5:] == ["30", "resnet101", "20", "1.50×", "1.25×", "0.50×"]
+    assert profiles.table([{**row, "run": row["role"]} for row in rows]) == ""
+    assert "resnet101" in section([row(p50_ms=1.0)], profiles.table(rows))

@@ -9,7 +9,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_examples_run(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as a reader runs them
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     scope: dict[str, object] = {}
     for block in blocks:
         exec(block, scope)

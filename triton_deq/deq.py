@@ -53,16 +53,21 @@ class Injected:
         return None if product is None or self._hooked else partial(self._linearised, product)
 
     def _linearised(self, product: Any, z: Tensor) -> Any:
-        """The cell's own answer; the last one again where it is asked the same with gradients.
+        """The cell's own answer; the same once more where it is asked the same with gradients.
 
         So the gradient and the penalty share one evaluation at the equilibrium, and one backward pass of it.
+        Who asks a third time may have changed the weights meanwhile.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or z.requires_grad:
             return product(z, self.u)
         asked = (z.data_ptr(), z._version, z.shape, z.stride(), z.dtype)
-        if not self._evaluated or self._evaluated[0] != asked:
-            self._evaluated[:] = (asked, product(z, self.u), z)  # z stays, and so does its address
-        return self._evaluated[1]
+        if self._evaluated and self._evaluated[0] == asked:
+            answer = self._evaluated[1]
+            self._evaluated.clear()
+            return answer
+        answer = product(z, self.u)
+        self._evaluated[:] = (asked, answer, z)  # z stays, and so does its address
+        return answer
 
     @property
     def jacobian_norms(self) -> Any:

@@ -97,11 +97,12 @@ def groupnorm_evaluated(
     else:
         make = groupnorm_fwd if served else reference.groupnorm_fwd
         value, mean, inverse = make(x, groups, *inputs[1:], relu, epsilon, out)
-    return value, Normalised(x, gain, mask, shift, mean, inverse, value if relu else None)
+    passed = value if relu else None
+    return value, Normalised(x, gain, mask, shift, mean, inverse, passed, residual is not None)
 
 
 def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The gradients of `⟨vector, value⟩` in x and in r.
+    """The gradients of `⟨vector, value⟩` in x and in r; where there was no r, the second means nothing.
 
     With `v = vector ⊙ 1[value > 0]`, which is the second, and `g = γ ⊙ v`: that in s is
     `(g − mean(g) − n mean(g n)) / σ` with means over a group, and that in x is m times it.
@@ -181,12 +182,13 @@ def groupnorm_fwd(
 
 def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False) -> Gradients:
     """As `reference.groupnorm_vjp_fwd`, by the kernel."""
-    x, gain, mask, shift, mean, inverse, value = held
+    x, gain, mask, shift, mean, inverse, value, residual = held
     vector, x = laid(vector), laid(x)
     shift, value = (None if each is None else laid(each) for each in (shift, value))
     of_x = fresh(x)
     of_sum = of_x if mask is None else fresh(x)
-    v = vector if value is None else fresh(vector)
+    masked = value is not None and residual
+    v = fresh(vector) if masked else vector
     sums = mean.new_empty(len(x), 2, x.shape[1]) if parameters else mean
     grid, constants = _tiles(x, mean.shape[1], TILE)
     launch(
@@ -210,7 +212,7 @@ def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False
         GAIN=gain is not None,
         RELU=value is not None,
         SUM=mask is not None,
-        OTHER=value is not None,
+        OTHER=masked,
         PARAMETERS=parameters,
         **constants,
     )
@@ -222,7 +224,7 @@ def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False
 
 def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, held: Normalised) -> Gradients:
     """As `reference.groupnorm_second_fwd`, by the kernel."""
-    x, gain, mask, shift, mean, inverse, value = held
+    x, gain, mask, shift, mean, inverse, value, _ = held
     along, vector, x = laid(along), laid(vector), laid(x)
     beside, shift, value = (None if each is None else laid(each) for each in (beside, shift, value))
     of_x, of_vector = fresh(x), fresh(vector)
@@ -286,8 +288,8 @@ class GroupNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any):
         *saved, offset = ctx.saved_tensors
-        held = Normalised(*saved)
         of_x, of_gain, of_offset, _, of_shift, of_residual = ctx.needs_input_grad[:6]
+        held = Normalised(*saved)._replace(residual=of_residual)
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             found = _by_operators(grad, held, offset, ctx.epsilon)
         else:
@@ -318,12 +320,13 @@ class GroupNormVJPFunction(torch.autograd.Function):
         mean: Tensor,
         inverse: Tensor,
         value: Tensor | None,
+        residual: bool,
         served: bool,
     ):
         make = groupnorm_vjp_fwd if served else reference.groupnorm_vjp_fwd
         ctx.served = served
         ctx.set_materialize_grads(False)
-        found = make(vector, Normalised(x, gain, mask, shift, mean, inverse, value))
+        found = make(vector, Normalised(x, gain, mask, shift, mean, inverse, value, residual))
         # PyTorch's operators have no sums to begin from in the backward pass, but the product in s.
         of_sum = None if served else found.shift
         ctx.save_for_backward(vector, of_sum, x, gain, mask, shift, mean, inverse, value)
@@ -348,7 +351,7 @@ class GroupNormVJPFunction(torch.autograd.Function):
             found.gain if of_gain else None,
             None,
             found.shift if of_shift else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

@@ -20,6 +20,7 @@ class Normalised(NamedTuple):
         x: `[B, C, H, W]`. gain: `[C]` or None. mask: `[B, C]` or None. shift: u, like x, or None.
         mean, inverse: μ and 1/σ `[B, G]` in the accumulation dtype.
         value: the value, where it went through a relu; else None.
+        residual: whether there was one; without it nobody asks for its gradient, and kernels do not write it.
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class Normalised(NamedTuple):
     mean: Tensor
     inverse: Tensor
     value: Tensor | None
+    residual: bool = True
 
 
 class Gradients(NamedTuple):
@@ -124,7 +126,7 @@ def groupnorm_fwd(
 
 def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False) -> Gradients:
     """The gradients of `⟨vector, value⟩`; those of γ and β only if asked for."""
-    x, gain, mask, shift, mean, inverse, value = held
+    x, gain, mask, shift, mean, inverse, value, _ = held
     batch, channels, height, width = x.shape
     v = vector if value is None else torch.ops.aten.threshold_backward(vector, value, 0)
     total = summed(x, mask, shift)
@@ -157,7 +159,7 @@ def groupnorm_second_fwd(
 
     of_g: V(g), which `groupnorm_vjp_fwd` gave for u.
     """
-    x, gain, mask, shift, mean, inverse, value = held
+    x, gain, mask, shift, mean, inverse, value, _ = held
     batch, channels, height, width = x.shape
     groups, layout = mean.shape[1], layout_of(x)
     total = summed(x, mask, shift).contiguous(memory_format=layout)

@@ -7,7 +7,9 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..reference import anderson as reference
@@ -22,6 +24,7 @@ __all__ = [
     "anderson_residual",
     "anderson_restart",
     "anderson_select",
+    "anderson_squares",
     "anderson_start",
     "anderson_step",
 ]
@@ -175,6 +178,16 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
         **constants,
     )
     return None
+
+
+def anderson_squares(
+    state: AndersonState, step: int, backend: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`‖f(x) − x‖²` and `‖f(x)‖²` of each sample, float64 `[B]` on the host, after `anderson_residual`."""
+    newest, history = step % state.history, state.history
+    on_host = backend == "reference"
+    sums = reference.anderson_sums(state, step) if on_host else state.dots.sum(1).cpu().numpy()
+    return sums[:, newest], sums[:, history]
 
 
 def anderson_advance(

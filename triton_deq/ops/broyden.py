@@ -7,7 +7,9 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..reference import broyden as reference
@@ -26,6 +28,7 @@ __all__ = [
     "broyden_residual",
     "broyden_restart",
     "broyden_select",
+    "broyden_squares",
     "broyden_start",
 ]
 
@@ -121,6 +124,15 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
         **constants,
     )
     return None
+
+
+def broyden_squares(
+    state: BroydenState, step: int, backend: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`‖f(x) − x‖²` and `‖f(x)‖²` of each sample, float64 `[B]` on the host, after `broyden_residual`."""
+    on_host = backend == "reference"
+    sums = reference.broyden_sums(state, step) if on_host else state.dots.sum(1).cpu().numpy()
+    return sums[:, 0, state.slots], sums[:, 1, state.slots]
 
 
 def broyden_advance(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .record import COUNT, Record, accumulate_dtype
-from .rows import first, fresh, keep_best, part, runs, unsafe
+from .rows import assign, first, fresh, keep_best, part, runs, unsafe
 
 WEIGHT_LIMIT = 1e4
 """Σ|α| beyond which the weights amplify rounding more than they help: take a plain step instead."""
@@ -60,6 +60,7 @@ class AndersonState:
     before: `[FIELDS, B]`, the record as it was before the present step (kernels only).
     active: `[cycle]` int32, how many samples went on after step k, in k mod cycle (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
+    sums: `anderson_sums` of this step, once it was asked for (reference only).
     """
 
     x: Tensor
@@ -72,6 +73,7 @@ class AndersonState:
     before: Tensor
     active: Tensor
     spare: Tensor
+    sums: NDArray[np.float64] | None = None
 
     @property
     def history(self) -> int:
@@ -132,10 +134,22 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     elif fx.data_ptr() != iterate.data_ptr():  # else f has left it there
         iterate.copy_(fx)
 
-    # A row times a matrix: inside a solve the other orientation took longer.
-    row = torch.bmm(residual[:, None], first(filled, views.residuals_of))
-    first(filled, views.products).copy_(row)
+    if history == 1:
+        torch.linalg.vector_norm(residual, dim=1, out=views.dots[:, 0]).square_()
+    else:  # A row times a matrix: inside a solve the other orientation took longer.
+        row = torch.bmm(residual[:, None], first(filled, views.residuals_of))
+        first(filled, views.products).copy_(row)
     torch.linalg.vector_norm(fx, dim=1, out=views.value_sq).square_()
+    state.sums = None
+
+
+def anderson_sums(state: AndersonState, step: int) -> NDArray[np.float64]:
+    """`[B, m + 1]` float64 on the host: the new Gram row, then ‖f‖² in column m; what `dots` holds."""
+    if state.sums is None:
+        # The one read of the device in a step.
+        state.sums = state.views.dots.cpu().numpy().astype(np.float64)
+        _sum_again(state, state.sums, step % state.history, min(step + 1, state.history))
+    return state.sums
 
 
 def anderson_advance(
@@ -153,35 +167,44 @@ def anderson_advance(
     `last` says that no evaluation of f follows, so there is no next iterate to compute.
     Returns how many samples go on.
     """
-    history, slot, record, views = state.history, step % state.history, state.record, state.views
-    filled = min(step + 1, history)
-    sums = views.dots.cpu().numpy()  # the one read of the device in a step
-    dots = sums.astype(np.float64)
-    _sum_again(state, dots, slot, filled)
-    row, gram = dots[:, :history], views.gram
-    gram[:, slot, :] = row
-    gram[:, :, slot] = row
-
-    improved, moving = record.judge(row[:, slot], dots[:, history], relative=relative, over_batch=over_batch)
+    slot = step % state.history
+    sums = anderson_sums(state, step)
+    improved, moving = state.record.judge(
+        sums[:, slot], sums[:, state.history], relative=relative, over_batch=over_batch
+    )
     keep_best(state, improved, moving)
     going = int(np.count_nonzero(moving))
-    if last or going == 0:
-        return going
+    if going and not last:
+        anderson_mix(state, step, moving, ridge, relative_ridge)
+    return going
 
-    used = record.rows[COUNT]
+
+def anderson_mix(
+    state: AndersonState, step: int, moving: NDArray[np.bool_], ridge: float, relative_ridge: bool
+) -> None:
+    """Take in this step's Gram row, and move the samples of the mask `[B]` to their next iterate."""
+    history, slot, record, views = state.history, step % state.history, state.record, state.views
+    filled, gram, used = min(step + 1, history), views.gram, record.rows[COUNT]
+    row = anderson_sums(state, step)[:, :history]
+    gram[:, slot, :] = row
+    gram[:, :, slot] = row
+    if history == 1:
+        np.copyto(used, 1, where=moving)
+        return assign(state.x, views.iterates[0].to(state.x.dtype), moving)
+
     count = np.minimum(used + 1, history)
     valid = _valid_slots(count, slot, filled) if np.count_nonzero(moving & (count < filled)) else None
     weights, mixed = _host_weights(gram[:, :filled, :filled], valid, slot, ridge, relative_ridge)
     np.copyto(used, np.where(mixed, count, 1), where=moving)
 
     ring = first(filled, views.iterates_of, dim=1)
-    alpha = torch.from_numpy(weights[:, None].astype(sums.dtype)).to(ring.device)
+    alpha = torch.from_numpy(weights[:, None]).to(ring)
     target = state.x if state.x.dtype == ring.dtype else state.spare
     for rows in runs(moving):
         torch.bmm(part(alpha, rows), part(ring, rows), out=part(target, rows)[:, None])
         if target is not state.x:
             state.x[rows] = target[rows]
-    return going
+    return None
 
 
 def _sum_again(state: AndersonState, dots: NDArray[np.float64], slot: int, filled: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .anderson import LEAST_SQUARE, WEIGHT_LIMIT
 from .record import Record, accumulate_dtype
-from .rows import SAFE, assign, block_size, blocks, keep_best, runs, unsafe
+from .rows import SAFE, assign, block_size, blocks, fresh, keep_best, runs, unsafe
 
 
 @dataclass
@@ -41,6 +41,7 @@ class BroydenState:
         Kernels: float64 `[B, P, 3, ≥ m + 2]`, partial sums. Reference: `[B, 1, 3, m + 2]` float64.
     record, before, active: as in `AndersonState`.
     spare: `[b, 2, N]`, g and s_p − φ_p of a block of samples, in the accumulation dtype (reference only).
+    sums: `broyden_sums` of this step, once it was asked for (reference only).
     """
 
     x: Tensor
@@ -54,6 +55,7 @@ class BroydenState:
     before: Tensor
     active: Tensor
     spare: Tensor
+    sums: NDArray[np.float64] | None = None
 
     @property
     def slots(self) -> int:
@@ -70,11 +72,12 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int) -> Broyden
     batch, entries = x.shape
     slots = slots_for(memory, max_steps)
     wide = accumulate_dtype(x.dtype)
+    moves, changes = fresh((2, slots, batch, entries), wide, x.device)
     return BroydenState(
         x=x,
         best=x.clone(),
-        moves=x.new_empty((slots, batch, entries), dtype=wide),
-        changes=x.new_empty((slots, batch, entries), dtype=wide),
+        moves=moves,
+        changes=changes,
         matrix=torch.zeros((batch, slots, slots), dtype=torch.float64),
         squares=torch.zeros((batch, slots), dtype=torch.float64),
         dots=x.new_zeros((batch, 1, 3, slots + 1), dtype=torch.float64),
@@ -90,6 +93,7 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int) -> None:
 
     fx: `[B, N]`, f at `state.x`. Pairs of samples that have stopped stay as they are.
     """
+    state.sums = None
     running = state.record.running
     for rows in blocks(running, len(state.spare)):
         _residual_of(state, fx, step, rows, running[rows])
@@ -124,41 +128,58 @@ def _residual_of(state: BroydenState, fx: Tensor, step: int, rows: slice, runnin
     dots[:, :, slots].square_()
 
 
+def broyden_sums(state: BroydenState, step: int) -> NDArray[np.float64]:
+    """`[B, 3, m + 2]` float64 on the host, what `dots` holds."""
+    if state.sums is None:
+        state.sums = state.dots[:, 0].cpu().numpy()  # the one read of the device in a step
+        _sum_again(state, state.sums, step)
+    return state.sums
+
+
 def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool) -> int:
     """Judge every sample, keep the best iterates, and move the samples that go on to their next iterate.
 
     `last` says that no evaluation of f follows. Returns how many samples go on.
     """
-    slots, record = state.slots, state.record
-    slot, newest = step % slots, (step - 1) % slots
-    dots = state.dots[:, 0].cpu().numpy()  # the one read of the device in a step
-    _sum_again(state, dots, step)
-    if step > 0:
-        _extend(state, dots, newest, record.running)
-
-    improved, moving = record.judge(
-        dots[:, 0, slots], dots[:, 1, slots], relative=relative, over_batch=over_batch
+    sums, slots = broyden_sums(state, step), state.slots
+    running = state.record.running
+    improved, moving = state.record.judge(
+        sums[:, 0, slots], sums[:, 1, slots], relative=relative, over_batch=over_batch
     )
     keep_best(state, improved, moving)
     going = int(np.count_nonzero(moving))
-    if last or going == 0:
-        return going
+    broyden_mix(state, step, running, moving if going and not last else None)
+    return going
+
+
+def broyden_mix(
+    state: BroydenState, step: int, running: NDArray[np.bool_], moving: NDArray[np.bool_] | None
+) -> None:
+    """Take in the newest pair of the samples that ran, and move those of `moving` to their next iterate.
+
+    running, moving: `[B]`; without `moving` nobody moves.
+    """
+    slots, record = state.slots, state.record
+    slot, newest, filled = step % slots, (step - 1) % slots, min(step + 1, slots)
+    sums = broyden_sums(state, step)
+    if step > 0:
+        _extend(state, sums, newest, running)
+    if moving is None:
+        return
 
     pairs = record.count.numpy()
-    coefficients, useful = _coefficients(state, dots[:, 0, :slots], slot, pairs)
+    coefficients, useful = _coefficients(state, sums[:, 0, :slots], slot, pairs, filled)
     np.copyto(pairs, np.where(useful, np.minimum(pairs + 1, slots - 1), 1), where=moving)
 
     # The open slot holds f(x), so with a weight of one there the sum is the next iterate.
     coefficients[:, slot] = 1
-    filled = min(step + 1, slots)
-    weights = torch.from_numpy(coefficients[:, None, :filled]).to(state.changes)
+    weights = torch.from_numpy(coefficients[:, None]).to(state.changes)
     ring = state.changes[:filled].transpose(0, 1)
     for rows in runs(moving):
         if state.x.dtype == ring.dtype:
             torch.bmm(weights[rows], ring[rows], out=state.x[rows, None, :])
         else:
             state.x[rows] = torch.bmm(weights[rows], ring[rows])[:, 0]
-    return going
 
 
 def _extend(state: BroydenState, dots: NDArray[np.float64], newest: int, running: NDArray[np.bool_]) -> None:
@@ -172,16 +193,17 @@ def _extend(state: BroydenState, dots: NDArray[np.float64], newest: int, running
 
 
 def _coefficients(
-    state: BroydenState, right: NDArray[np.float64], slot: int, pairs: NDArray[np.float64]
+    state: BroydenState, right: NDArray[np.float64], slot: int, pairs: NDArray[np.float64], filled: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """c `[B, m + 1]` and a mask `[B]`: False where the solve was of no use and c is zero.
+    """c `[B, filled]` of the slots in use, and a mask `[B]`: False where it was of no use and is zero.
 
     Every pair is first scaled to unit `‖s_j‖`, so the solve sees no units; a pair without a move is left out.
     """
     with np.errstate(all="ignore"):
-        scale = _scales(state.squares.numpy(), (slot - np.arange(state.slots)) % state.slots, pairs)
-        matrix = scaled_matrix(state.matrix.numpy(), scale)
-        right = np.where(scale > 0, right, 0) * scale
+        age = (slot - np.arange(filled)) % state.slots
+        scale = _scales(state.squares.numpy()[:, :filled], age, pairs)
+        matrix = scaled_matrix(state.matrix.numpy()[:, :filled, :filled], scale)
+        right = np.where(scale > 0, right[:, :filled], 0) * scale
         try:
             coefficients = scale * np.linalg.solve(matrix, right[:, :, None])[:, :, 0]
         except np.linalg.LinAlgError:  # one singular sample fails them all

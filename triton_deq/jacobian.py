@@ -197,7 +197,6 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
     return torch.randint(2**63 - 1, (1,), generator=generator, device=at).to(device)
 
 
-@torch.no_grad()
 def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     """`max |λ(∂f/∂z)|` of each sample, by restarted Arnoldi iteration on `Jᵀ`.
 
@@ -220,13 +219,51 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     """
     check_state("z", z)
     check_count("steps", steps)
+    with torch.no_grad():
+        if z.numel() == 0:
+            return torch.zeros(z.shape[0], dtype=accumulate_dtype(z.dtype), device=z.device)
+        closed = closed_vjp(f)
+        value, pullback = vjp(f, z) if closed is None else closed(z)
+        check_value(value, z, same_dtype=False)
+        return _spectral_pair(pullback, value, z, steps)[0]
+
+
+def spectral_pair_of(value: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """`spectral_radius` for code that has `value = f(z)` already, and the vector that belongs to it.
+
+    Args:
+        value: f(z), `[B, ...]`, floating, with its graph, which is kept.
+        z: `[B, ...]`, floating, of requires_grad=True when value was computed from it.
+        steps: as in `spectral_radius`.
+
+    Returns:
+        The radius `[B]`, and a vector like z of length 1 in each sample: an eigenvector of `Jᵀ`, or one of
+        the plane that belongs to a complex pair.
+
+    Raises:
+        TypeError, ValueError: as `jacobian_norm_of`.
+    """
+    check_state("z", z)
+    check_count("steps", steps)
+    check_value(value, z, same_dtype=False, name="value")
+    check_graph(value, z)
+    with torch.no_grad():
+        if z.numel() == 0:
+            return torch.zeros(
+                z.shape[0], dtype=accumulate_dtype(z.dtype), device=z.device
+            ), torch.zeros_like(z)
+
+        def pullback(vector: Tensor) -> Tensor:
+            return check_reached(_engine_product(value, z, vector, create_graph=False))
+
+        radius, rows = _spectral_pair(pullback, value, z, steps)
+        return radius, _normalise(rows)[0].view(z.shape).to(z.dtype)
+
+
+def _spectral_pair(pullback: Function, value: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The radius `[B]` and the sum of the Ritz vectors `[B, N]` that belong to it."""
     batch, entries = z.shape[0], z[:1].numel()
     wide = accumulate_dtype(z.dtype)
-    if z.numel() == 0:
-        return torch.zeros(batch, dtype=wide, device=z.device)
-    closed = closed_vjp(f)
-    value, pullback = vjp(f, z) if closed is None else closed(z)
-    check_value(value, z, same_dtype=False)
 
     def transposed(rows: Tensor) -> Tensor:
         return pullback(rows.to(value.dtype).view(z.shape)).reshape(batch, entries).to(wide)
@@ -244,7 +281,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
         chosen = vectors.gather(2, largest[:, None, None].expand(-1, vectors.shape[1], 1))[..., 0].real
         start = torch.einsum("bk,kbn->bn", chosen, basis)
         steps -= len(basis)
-    return radius
+    return radius, start
 
 
 def _arnoldi(product: Function, start: Tensor, size: int) -> tuple[Tensor, Tensor]:

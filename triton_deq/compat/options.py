@@ -1,0 +1,40 @@
+"""Options that a function does not have: an error that lists the ones it has, or a warning."""
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+OURS = {"strict", "backend"}
+
+
+def names_of(function: Callable[..., Any]) -> list[str]:
+    """The options that `function` names, those of ours last."""
+    named = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    return sorted(named, key=OURS.__contains__)
+
+
+def refuse_unknown(function: Callable[..., Any], unknown: Mapping[str, Any], strict: bool) -> None:
+    """Raise TypeError for options that the original would swallow; without `strict`, warn."""
+    if unknown:
+        report(f"{function.__name__}() has no option", unknown, names_of(function), strict)
+
+
+def report(
+    beginning: str, unknown: Iterable[str], known: Iterable[str], strict: bool, remedy: str = ""
+) -> None:
+    """Say which names are unknown, which are near, and which there are: an error, or a warning."""
+    known = list(known)
+    said = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        said.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    message = f"{beginning} {', '.join(said)}. {remedy + '. ' if remedy else ''}It has: {', '.join(known)}"
+    if strict:
+        raise TypeError(f"{message}. strict=False turns this into a warning")
+    warnings.warn(f"{message}. It is ignored", stacklevel=4)

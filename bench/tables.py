@@ -13,6 +13,7 @@ TITLES = {
     "penalty": "Jacobian penalty, milliseconds",
     "training": "Training step of a DEQ, 10 steps forward and 10 backward, milliseconds",
     "language": "DEQ-Transformer at 14 evaluations a solve beside a stacked Transformer-XL, milliseconds",
+    "compat": "TorchDEQ's and the authors' code with our solvers put in, and as it is, milliseconds",
     "images": "Multiscale DEQ: its layer, the penalty on it, the model at 14 evaluations, milliseconds",
 }
 """The groups that are comparisons, in the order of the report."""
@@ -61,6 +62,17 @@ class Comparison:
         if bare is None or bare.p50_ms is None or not row.steps:
             return None
         return max(row.p50_ms - bare.p50_ms, 0.0) / row.steps
+
+    @property
+    def beyond_f(self) -> float | None:
+        """How many times as long the best peer takes apart from evaluating f, which both do alike."""
+        if not self.peers:
+            return None
+        rows = self.find(OURS, self.peers[0].run), self.peers[0], self.find("bare f", self.peers[0].run)
+        ours, theirs, common = (None if row is None else row.p50_ms for row in rows)
+        if ours is None or theirs is None or common is None or ours <= common:
+            return None
+        return (theirs - common) / (ours - common)
 
     def against_ours(self, row: Row) -> float | None:
         """Its cost over ours in the same run; a replayed CUDA graph is held against ours in one."""
@@ -123,7 +135,12 @@ def provenance(rows: Sequence[Row]) -> str:
 
 def table(group: str, comparisons: Sequence[Comparison]) -> str:
     """Ours against the best peer, a line for each case; losses are there like gains."""
-    more = {"solve": ["steps", "peer's steps"], "kernels": ["GB/s"], "penalty": ["f itself"]}.get(group, [])
+    more = {
+        "solve": ["steps", "peer's steps"],
+        "kernels": ["GB/s"],
+        "penalty": ["f itself"],
+        "compat": ["beyond f"],
+    }.get(group, [])
     titles = ["", "state", "dtype", OURS, "best peer", "its time", "speed-up", *more]
     lines = [titles, ["---"] * len(titles)]
     for comparison in comparisons:
@@ -131,7 +148,9 @@ def table(group: str, comparisons: Sequence[Comparison]) -> str:
         best = comparison.peers[0] if comparison.peers else None
         lines.append(
             [
-                f"{head.op}, {head.mode}" if group in ("penalty", "language", "images") else head.op,
+                f"{head.op}, {head.mode}"
+                if group in ("penalty", "language", "images", "compat")
+                else head.op,
                 "×".join(map(str, head.shape)),
                 head.dtype,
                 _number(comparison.cost(ours)),
@@ -144,6 +163,9 @@ def table(group: str, comparisons: Sequence[Comparison]) -> str:
             lines[-1] += ["–" if row is None else str(row.steps) for row in (ours, best)]
         elif group == "kernels":
             lines[-1].append(_number(None if ours is None else ours.gigabytes_per_s))
+        elif group == "compat":
+            beyond = comparison.beyond_f
+            lines[-1].append("–" if beyond is None else f"{beyond:.2f}×")
         elif group == "penalty":
             lines[-1].append(_number(comparison.cost(comparison.find("bare f"))))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

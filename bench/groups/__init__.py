@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ..cases import Case, Setting
-from . import ceilings, images, kernels, language, penalty, solve, step, training
+from . import ceilings, compat, images, kernels, language, penalty, solve, step, training
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "ceilings": ceilings.cases,
@@ -14,4 +14,5 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "training": training.cases,
     "language": language.cases,
     "images": images.cases,
+    "compat": compat.cases,
 }

@@ -179,7 +179,9 @@ def _bound(case: Case, quantity: str) -> float:
 
 
 def _cloned(state: reference_anderson.AndersonState) -> reference_anderson.AndersonState:
-    tensors = {name: value.clone() for name, value in vars(state).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {
+        name: value.clone() for name, value in vars(state).items() if isinstance(value, Tensor)
+    }
     record = Record(state.x.shape[0], 1.0, state.x.device)
     record.data.copy_(state.record.data)
     return replace(state, **tensors, record=record)

@@ -3,16 +3,21 @@
 import re
 from pathlib import Path
 
+from triton_deq.compat import torchdeq
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_examples_run(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as a reader runs them
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     scope: dict[str, object] = {}
-    for block in blocks:
-        exec(block, scope)
+    try:
+        for block in blocks:
+            exec(block, scope)
+    finally:
+        torchdeq.uninstall()
     assert "32 of 32 CONVERGED" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 SOURCES := triton_deq $(wildcard bench)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -24,6 +24,10 @@ lint: $(STAMP) ## Check style, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy $(SOURCES)
 
+docs: $(STAMP) ## Build the documentation into build/docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 clean: ## Remove built files and caches; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -39,5 +43,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "Setting up .venv (the first time takes minutes: PyTorch is large)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-	    --no-build-isolation -e '.[demo,bench,profile,dev]'
+	    --no-build-isolation -e '.[demo,bench,profile,docs,dev]'
 	@touch $@

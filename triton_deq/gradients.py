@@ -263,8 +263,9 @@ def fixed_point(
     `Solution.nfe` says (`PhantomGradient`: `steps` times more), to record its graph.
 
     Args:
-        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace, check_every, compact, debug, graph,
-            backend: as in `solve`. With `graph=True` an `ImplicitGradient` solves in a graph as well.
+        f, z0, solver, tol, max_steps, residual, norm_over, throw, trace: as in `solve`.
+        check_every, compact, debug, backend: as in `solve`.
+        graph: as in `solve`; with True an `ImplicitGradient` solves in a graph as well.
         gradient: `ImplicitGradient()` if not given, `PhantomGradient(...)` or `UnrolledGradient()`.
         return_solution: also return the `Solution`.
 

@@ -383,10 +383,10 @@ class JacobianPenalty(nn.Module):
         self.pretraining = False
         self.calls = 0
         self.fired = 0
-        self._draws = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator("cpu").manual_seed(seed)
         self._drawn: bool | None = None  # τ of the next call, where it is known already
         # γ of the last draw. A tensor, because a compiled graph would hold a Python number as a constant.
-        self._scale = torch.zeros((), dtype=torch.float64)
+        self._scale = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @property
     def present_weight(self) -> float:
@@ -403,7 +403,8 @@ class JacobianPenalty(nn.Module):
         A second draw before a call takes the place of the first, which was counted.
         """
         weight = self.present_weight
-        self._drawn = torch.rand((), generator=self._draws).item() < self.probability and weight > 0
+        tau = torch.rand((), generator=self._draws, device="cpu").item() < self.probability
+        self._drawn = tau and weight > 0
         self._scale.fill_(weight)
         self.calls += 1
         self.fired += self._drawn
@@ -457,5 +458,5 @@ class JacobianPenalty(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._draws = torch.Generator()
+        self._draws = torch.Generator("cpu")
         self._draws.set_state(state["_draws"])

@@ -3,12 +3,19 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 
 def does_as(kind: type[nn.Module], layer: nn.Module) -> bool:
     """Whether calling the layer is this kind's own forward and nothing more."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return type(layer).forward is kind.forward and not (hooked or layer._backward_pre_hooks)
+
+
+def normalise_weight(linear: nn.Linear) -> None:
+    """Weight normalisation of a linear layer by torch's parametrization, in a layer that can be pickled."""
+    weight_norm(linear)
+    _make_picklable(linear)
 
 
 def normalise_kernels(conv: nn.Conv2d) -> None:
@@ -18,6 +25,7 @@ def normalise_kernels(conv: nn.Conv2d) -> None:
     copies a channels-last weight into PyTorch's default order, and the convolution copies it back.
     """
     parametrize.register_parametrization(conv, "weight", KernelNorm())
+    _make_picklable(conv)
 
 
 class KernelNorm(nn.Module):
@@ -30,3 +38,29 @@ class KernelNorm(nn.Module):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         g = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
         return g, weight
+
+
+def _make_picklable(layer: nn.Module) -> None:
+    """Let a layer with a normalised weight be pickled, which PyTorch refuses: it has made a class for it."""
+    kind = type(layer).__bases__[0]
+    renewed = {"_modules", "_load_state_dict_pre_hooks"}
+
+    def reduce(self: nn.Module, protocol: int) -> tuple:
+        attributes = {name: value for name, value in vars(self).items() if name not in renewed}
+        return _restored, (kind, attributes, dict(self._modules))
+
+    type(layer).__reduce_ex__ = reduce  # type: ignore[assignment, method-assign]
+
+
+def _restored(kind: type[nn.Module], attributes: dict, modules: dict) -> nn.Module:
+    """The layer again: made anew with the same parametrization, and given what it had."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    vars(layer).update(attributes)
+    normalised = modules["parametrizations"]["weight"]
+    g, v = normalised.original0, normalised.original1
+    layer.register_parameter("weight", nn.Parameter(v.detach().clone()))
+    normalise_kernels(layer) if isinstance(layer, nn.Conv2d) else normalise_weight(layer)  # type: ignore[arg-type]
+    layer.parametrizations.weight.original0 = g  # type: ignore[union-attr]
+    layer.parametrizations.weight.original1 = v  # type: ignore[union-attr]
+    return layer

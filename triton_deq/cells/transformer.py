@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.parametrizations import weight_norm as normalise_weight
 
 from ..checks import check_count, check_number
 from ..ops.attention import Context, Evaluated, attention, attention_evaluated, attention_vjp, with_mask
 from ..ops.norm import norm, norm_value, norm_vjp
-from .layers import does_as
+from .layers import does_as, normalise_weight
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k and v, `[B, T, H, d]` each."""

@@ -98,16 +98,17 @@ class Head(nn.Module):
 
     def __init__(self, cluster: Any, width: int, clusters: int):
         super().__init__()
-        self.words = cluster.words
-        words, entries = self.words.weight.shape
+        self._cluster = (cluster,)  # in a tuple: its weights are the embedding's, and no part of this module
+        words, entries = cluster.words.weight.shape
         self.projection = nn.Linear(width, entries, bias=False)
         self.clusters = nn.Linear(entries, clusters)
         self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = torch.cat([self.words.weight, self.clusters.weight])
+        (cluster,) = self._cluster
+        weight = torch.cat([cluster.words.weight, self.clusters.weight])
         bias = torch.cat([self.bias, self.clusters.bias])
-        return _wide(functional.linear(self.projection(hidden), weight, bias))
+        return _wide(functional.linear(self.projection(hidden.to(weight.dtype)), weight, bias))
 
 
 class Tail(nn.Module):
@@ -115,11 +116,13 @@ class Tail(nn.Module):
 
     def __init__(self, cluster: Any):
         super().__init__()
-        self.words, self.projection = cluster.words, cluster.projection
-        self.bias = nn.Parameter(torch.zeros(len(self.words.weight)))
+        self._cluster = (cluster,)
+        self.bias = nn.Parameter(torch.zeros(len(cluster.words.weight)))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _wide(functional.linear(self.projection(hidden), self.words.weight, self.bias))
+        (cluster,) = self._cluster
+        weight = cluster.words.weight
+        return _wide(functional.linear(cluster.projection(hidden.to(weight.dtype)), weight, self.bias))
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -18,9 +18,14 @@ BACKENDS = ("auto", "triton", "reference")
 _ambient: ContextVar[str] = ContextVar("ambient", default="auto")
 
 
-@contextmanager
-def ambient(requested: str) -> Iterator[None]:
+def ambient(requested: str) -> AbstractContextManager[None]:
     """While entered, "auto" means `requested`: so a cell inside a solve runs as the solve was asked to."""
+    # torch.compile cannot trace a context variable, and takes the ordinary operators whatever is asked for.
+    return nullcontext() if torch.compiler.is_compiling() else _ambient_is(requested)
+
+
+@contextmanager
+def _ambient_is(requested: str) -> Iterator[None]:
     token = _ambient.set(_ambient.get() if requested == "auto" else requested)
     try:
         yield

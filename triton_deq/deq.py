@@ -16,6 +16,7 @@ from .solvers import Anderson, Solution, Solver
 from .solvers.graph_cache import GraphCache
 from .solvers.loop import check_solver
 from .solvers.stopping import Stopping
+from .trees import register
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,16 @@ class DEQOutput:
         value: the equilibrium, differentiable in the cell's parameters and in x.
         solution: how the solve went.
         penalty: a scalar to add to the loss; zero without a `JacobianPenalty`, or while not training.
-        injection: u, what the cell made of x.
+        injection: u, what the cell made of x; None of an exported program.
     """
 
     value: Tensor
     solution: Solution
     penalty: Tensor
     injection: Any
+
+
+register(DEQOutput, left_out=("injection",))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from torch import Tensor
 from . import backend as backends
 from .checks import check_choice, check_count, check_number, check_state, check_value
 from .jacobian import closed_vjp
+from .ops.launch import transformed
 from .solvers import Anderson, Broyden, Solution, Solver, solve
+from .solvers.functional import functional_solve
 from .solvers.graph import on_capture_stream
-from .solvers.loop import Layout, check_solver, solve_and_keep
+from .solvers.layout import Layout
+from .solvers.loop import check_solver, solve_and_keep
 from .solvers.stopping import Stopping
 from .solvers.unrolled import unrolled_solve
 
@@ -87,6 +90,8 @@ class ImplicitGradient:
                 f"shine={self.shine!r} needs the pairs of all samples, and compact={options['compact']!r} "
                 "drops those of finished ones: give one of the two"
             )
+        if transformed():
+            return self._traced(f, z0, solver, backend, **options)
         # An f that writes into the ring would do so for stopped samples too, whose pairs SHINE needs.
         copied = f if self.shine is None else lambda z: f(z)
         solution, state = solve_and_keep(copied, z0, solver, backend=backend, **options)
@@ -101,6 +106,21 @@ class ImplicitGradient:
             estimate = _Estimate(solver, state, Layout(at))
         adjoint = _Adjoint(self, solution, backend, graph, estimate, pullback)
         return _ImplicitFunction.apply(value, at, adjoint), solution
+
+    def _traced(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]:
+        """The same where torch.compile, torch.export or torch.func look on."""
+        if self.shine is not None or self.warm_start or self.throw:
+            raise ValueError(
+                "shine, warm_start and throw of an ImplicitGradient need the host after the solve, and "
+                "torch.compile, torch.export and torch.func take all at once: leave them out there"
+            )
+        solution = solve(f, z0, solver, backend=backend, **options)
+        at = solution.value.detach()
+        value = f(at)
+        check_value(value, at)
+        return _TracedImplicitFunction.apply(value, at, f, self), solution
 
 
 @dataclass(frozen=True)
@@ -178,6 +198,32 @@ class _ImplicitFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # asked for with create_graph=True
             u = _RefuseSecond.apply(u.requires_grad_())
         return u, None, None
+
+
+class _TracedImplicitFunction(torch.autograd.Function):
+    """The same, with the product written out by torch.func, which tracers can follow."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, at: Tensor, f: Function, gradient: ImplicitGradient) -> Tensor:
+        return at.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, at, ctx.f, ctx.gradient = inputs
+        ctx.save_for_backward(at)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (at,) = ctx.saved_tensors
+        pullback = torch.func.vjp(ctx.f, at)[1]
+        gradient = ctx.gradient
+        stopping = Stopping(gradient.tol, gradient.max_steps)
+        u, _ = functional_solve(
+            lambda u: pullback(u)[0] + grad, grad, gradient.solver, stopping, trace=False, looks=False
+        )
+        return u, None, None, None
 
 
 class _RefuseSecond(torch.autograd.Function):

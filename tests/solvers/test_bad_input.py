@@ -111,7 +111,7 @@ def test_a_custom_solver_cannot_be_unrolled():
     class Other:
         start = step = None
 
-    with pytest.raises(TypeError, match="cannot be unrolled: use td.Anderson or td.Picard"):
+    with pytest.raises(TypeError, match="cannot be unrolled or traced: use td.Anderson, td.Broyden"):
         td.fixed_point(torch.tanh, Z0, Other(), gradient=td.UnrolledGradient(), backend="reference")
 
 

@@ -149,7 +149,7 @@ class MDEQCell(nn.Module):
     def initial_state(self, u: MDEQInjection) -> Tensor:
         """Zeros, `[B, N]`."""
         weight = self._units[0].conv.weight
-        return weight.new_zeros(len(u.shift), sum(scale.entries for scale in u.scales))
+        return weight.new_zeros(u.shift.shape[0], sum(scale.entries for scale in u.scales))
 
     def select(self, u: MDEQInjection, samples: Tensor) -> MDEQInjection:
         """u for these samples of the batch alone."""
@@ -182,7 +182,7 @@ class MDEQCell(nn.Module):
             return None
         kept = 1 - self.dropout
         like = self._units[0].conv.weight
-        return tuple(like.new_empty(len(x), width).bernoulli_(kept) / kept for width in self.channels)
+        return tuple(like.new_empty(x.shape[0], width).bernoulli_(kept) / kept for width in self.channels)
 
     # ------------------------------------------------------------------------------- every step
 
@@ -215,7 +215,7 @@ class MDEQCell(nn.Module):
         self, z: Tensor, u: MDEQInjection, kept: "Kept | None" = None, out: Tensor | None = None
     ) -> list[Tensor]:
         """The next maps, left in `out` if given; what products need of the way is left in `kept`."""
-        if z.shape != (len(u.shift), sum(scale.entries for scale in u.scales)):
+        if z.shape != (u.shift.shape[0], sum(scale.entries for scale in u.scales)):
             wanted = (len(u.shift), sum(scale.entries for scale in u.scales))
             raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {wanted}: give z that shape")
         places: Sequence[Tensor | None] = [None] * len(u.scales) if out is None else unpack(out, u.scales)

@@ -261,7 +261,7 @@ class TransformerCell(nn.Module):
             return None
         widths = (self.width, self.up.out_features, self.width)
         like = self.content_bias
-        return Masks(*(_mask((len(tokens), 1, width), self.dropout, like) for width in widths))
+        return Masks(*(_mask((tokens.shape[0], 1, width), self.dropout, like) for width in widths))
 
     # ------------------------------------------------------------------------------- every step
 

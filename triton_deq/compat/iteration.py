@@ -19,7 +19,7 @@ from ..ops.broyden import broyden_advance, broyden_residual, broyden_squares, br
 from ..reference.anderson import anderson_mix
 from ..reference.broyden import broyden_mix
 from ..reference.rows import SAFE, keep_best
-from ..solvers.loop import Layout
+from ..solvers.layout import Layout
 from .line_search import armijo
 from .low_rank import LowRank
 

@@ -92,6 +92,24 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         self.head: Any = Head(first, embedding.width, self.n_clusters)
         self.tail = nn.ModuleList(Tail(cluster) for cluster in rest)
 
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The targets' negative log-likelihood `[N]`, of hidden `[N, D]`.
+
+        torch's module computes a cluster's words for the rows that need them, and the host waits to know how
+        many. A tracer cannot wait, so in torch.compile and torch.export all rows get all words.
+        """
+        if not torch.compiler.is_compiling():
+            return -self(hidden, targets).output
+        head = self.head(hidden).log_softmax(1)
+        first = self.cutoffs[0]
+        value = head.gather(1, targets.clamp(max=first - 1)[:, None])[:, 0]
+        for cluster, (low, high) in enumerate(pairwise(self.cutoffs)):
+            words = self.tail[cluster](hidden).log_softmax(1)
+            word = (targets - low).clamp(0, high - low - 1)
+            within = head[:, first + cluster] + words.gather(1, word[:, None])[:, 0]
+            value = torch.where((targets >= low) & (targets < high), within, value)
+        return -value
+
 
 class Head(nn.Module):
     """Logits of the most frequent words and of the clusters: `(h P) [E; C]ᵀ + b`."""

@@ -12,6 +12,7 @@ from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
 from ..solvers import Solution, Solver
+from ..trees import register
 from .image_configurations import MDEQConfiguration
 from .mdeq_heads import ClassifierHead, SegmenterHead
 
@@ -33,6 +34,9 @@ class MDEQOutput:
     solution: Solution | None
     penalty: Tensor
     initial: Tensor
+
+
+register(MDEQOutput)
 
 
 class MDEQ(nn.Module):

@@ -11,6 +11,7 @@ from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
 from ..solvers import Solution
+from ..trees import register, register_namedtuple
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .language_configurations import LanguageModelConfiguration
 
@@ -32,6 +33,10 @@ class LanguageModelOutput:
     memory: Any
     solution: Solution | None
     penalty: Tensor
+
+
+register(LanguageModelOutput)
+register_namedtuple(Memory)
 
 
 class LanguageModel(nn.Module):
@@ -81,7 +86,7 @@ class LanguageModel(nn.Module):
         if targets is not None:
             # torch's module adds log-probabilities up in its input's dtype; autocast narrows its products.
             rows = hidden.flatten(0, 1).to(torch.promote_types(hidden.dtype, torch.float32))
-            nll = -self.softmax(rows, targets.flatten()).output.view(targets.shape)
+            nll = self.softmax.nll(rows, targets.flatten()).view(targets.shape)
         return LanguageModelOutput(nll, hidden, memory, solution, penalty)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ class LanguageModel(nn.Module):
         kept = 1 - self.configuration.dropout
         if not self.training or kept == 1:
             return x
-        return x * (x.new_empty(len(x), 1, x.shape[-1]).bernoulli_(kept) / kept)
+        return x * (x.new_empty(x.shape[0], 1, x.shape[-1]).bernoulli_(kept) / kept)
 
     def _check_ids(self, name: str, ids: Any) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from ..checks import check_state, check_value
+from ..checks import check_state
+from ..ops.launch import transformed
 from ..reference.record import Record
 from ..status import Status
 from .anderson import Anderson
 from .compaction import Whole, check_compact
+from .functional import functional_solve
 from .graph import Replays, usable
 from .graph_cache import GraphCache
+from .layout import Layout, evaluate
 from .solution import NotConverged, Solution
 from .stopping import Lookout, Stopping
 
@@ -48,6 +51,9 @@ def solve(
     A sample stops by itself: at its tolerance, at a value that is not finite, or when it diverges. From
     then on it does not change. f is called on the solver's own buffer: it may not modify z, and must clone
     what it wants to keep of it.
+
+    In torch.compile, torch.export and the transforms of torch.func the host cannot look, so there f is
+    evaluated `max_steps` times, and the operators are PyTorch's; the answer is the same.
 
     Args:
         f: from a state to a tensor of the same shape, dtype and device. What it raises passes through. If
@@ -126,6 +132,9 @@ def solve_and_keep(
     check_state("z0", z0)
     check_solver("solver", solver)
     stopping = Stopping(**when)
+    if transformed():
+        refuse_traced(throw=throw, compact=compact, debug=debug, graph=graph)
+        return functional_solve(f, z0, solver, stopping, trace=trace, looks=False)[1], None
     check_compact(compact, f, stopping.norm_over)
     name, _ = backends.choose(z0, backend)
     if z0.numel() == 0:
@@ -159,7 +168,7 @@ def _solve(
     layout = Layout(z0)
     if graph:
         solution, state = _solve_in_graphs(f, layout, z0, solver, stopping, name, trace, debug, graph)
-        return _thrown(solution, throw), state
+        return thrown(solution, throw), state
 
     state = solver.start(layout.rows(z0.detach()), stopping, name)
     whole = None if compact is None else Whole.of(f, state, compact)
@@ -196,7 +205,7 @@ def _from_one_launch(value: Tensor, record: Record, traced: Tensor | None, throw
 
 def _solve_in_graphs(
     f: Any,
-    layout: "Layout",
+    layout: Layout,
     z0: Tensor,
     solver: Any,
     stopping: Stopping,
@@ -232,7 +241,7 @@ def _solve_in_graphs(
     return finish(value, state.record, nfe, traced if trace else None, False, "graph"), state
 
 
-def _value(f: Any, layout: "Layout", solver: Any, state: Any, step: int, debug: bool) -> Tensor:
+def _value(f: Any, layout: Layout, solver: Any, state: Any, step: int, debug: bool) -> Tensor:
     """f at the state's iterate, as rows: put into the solver's ring by f itself if it can do that."""
     z = layout.unrows(state.x)
     landing = solver.landing(state, step) if hasattr(f, "write") else None
@@ -248,17 +257,14 @@ def _value(f: Any, layout: "Layout", solver: Any, state: Any, step: int, debug: 
     return landing
 
 
-def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:
-    """f(z), checked to look like z; with `debug`, z is checked to be what it was."""
-    before = z.clone() if debug else None
-    value = f(z)
-    check_value(value, z)
-    if before is not None and not torch.equal(before.nan_to_num(), z.nan_to_num()):
-        raise RuntimeError(
-            "f modified its argument z in place: it is the solver's own buffer; write out of place, or let f "
-            "begin with z = z.clone()"
-        )
-    return value
+def refuse_traced(**options: Any) -> None:
+    """Raise where an option asks for something between two steps that a tracer cannot see."""
+    for name, given in options.items():
+        if given is not None and given is not False:
+            raise ValueError(
+                f"{name}={given!r} needs the host between two steps, and torch.compile, torch.export and "
+                "torch.func take all of them at once: leave it out there"
+            )
 
 
 def finish(
@@ -280,39 +286,13 @@ def finish(
         path=path,
         trace=None if traced is None else torch.stack(traced).to(at),
     )
-    return _thrown(solution, throw)
+    return thrown(solution, throw)
 
 
-def _thrown(solution: Solution, throw: bool) -> Solution:
+def thrown(solution: Solution, throw: bool) -> Solution:
     if throw and not solution.converged.all():
         raise NotConverged(solution)
     return solution
-
-
-class Layout:
-    """Sees a state `[B, ...]` as rows `[B, N]` in the order in which it lies in memory.
-
-    So a channels-last image stays channels-last, and neither f's input nor (if f keeps the layout) its
-    output is ever copied.
-    """
-
-    def __init__(self, z: Tensor):
-        inner = sorted(range(1, z.dim()), key=lambda dim: z.stride(dim), reverse=True)
-        self._order = [0, *inner]
-        self._shape = [z.shape[dim] for dim in self._order]
-        self._back = sorted(range(z.dim()), key=self._order.__getitem__)
-
-    def rows(self, z: Tensor) -> Tensor:
-        """`[B, N]`; a view where z has this layout already, or z itself."""
-        if z.dim() == 2:
-            return z
-        return z.permute(self._order).reshape(z.shape[0], -1)
-
-    def unrows(self, rows: Tensor) -> Tensor:
-        """The state again, as a view; also of fewer samples."""
-        if len(self._shape) == 2:
-            return rows.view(rows.shape)
-        return rows.view(-1, *self._shape[1:]).permute(self._back)
 
 
 def check_solver(name: str, solver: Any) -> Solver:

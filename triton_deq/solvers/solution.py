@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..status import Status
+from ..trees import register
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Solution:
             f"{count} of {self.status.numel()} {status.name}: {status.remedy}"
             for status, count in self.counts().items()
         )
+
+
+register(Solution, constants=("nfe", "path"))
 
 
 class NotConverged(RuntimeError):

@@ -1,0 +1,227 @@
+"""Whole solves in one graph of torch.compile, in an exported program, and in the transforms of torch.func."""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import triton_deq as td
+from tests.citizen.instances import MODULES
+from triton_deq.reference.record import Record
+from triton_deq.solvers.functional import Progress, judge
+from triton_deq.solvers.stopping import Stopping
+
+STEPS = 6
+SOLVERS = [td.Anderson(history=3), td.Broyden(memory=4), td.Picard(mixing=0.8)]
+GRADIENTS = [td.ImplicitGradient(tol=1e-12, max_steps=STEPS), td.PhantomGradient(2), td.UnrolledGradient()]
+ALL = [(solver, gradient) for solver in SOLVERS for gradient in GRADIENTS]
+QUICK = [ALL[0], ALL[4], ALL[8]]
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, backend: str = "aot_eager") -> Any:
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and inputs of which one converges at once and one is not finite."""
+    weight = 0.3 * torch.randn(5, 5, dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    x[0] = 0
+    return weight, x
+
+
+def fixed_point(weight, x, solver, gradient, **options):
+    options = {"tol": 1e-3, "max_steps": STEPS, **options}
+    return td.fixed_point(
+        lambda z: torch.tanh(z @ weight + x), torch.zeros_like(x), solver, gradient=gradient, **options
+    )
+
+
+def slope(function, weight, *given):
+    weight = weight.clone().requires_grad_()
+    return torch.autograd.grad(function(weight, *given).square().sum(), weight)[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_a_solve_is_one_graph_with_the_same_answer(solver):
+    weight, x = problem()
+    x[1, 0] = torch.nan
+
+    def solve(x):
+        f = lambda z: torch.tanh(z @ weight + x)  # noqa: E731
+        return td.solve(f, torch.zeros_like(x), solver, tol=1e-3, max_steps=STEPS, trace=True)
+
+    eager, traced = solve(x), compiled(solve)(x)
+    torch.testing.assert_close(traced.value, eager.value, rtol=0, atol=1e-12)
+    torch.testing.assert_close(traced.residual, eager.residual, rtol=1e-9, atol=1e-12)
+    assert torch.equal(traced.steps, eager.steps)
+    assert torch.equal(traced.status, eager.status)
+    assert set(eager.status.tolist()) >= {td.Status.CONVERGED, td.Status.NONFINITE}
+    assert traced.nfe == STEPS
+    torch.testing.assert_close(traced.trace[: eager.nfe], eager.trace, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in ALL],
+    ids=str,
+)
+def test_a_training_step_is_one_graph(solver, gradient):
+    weight, x = problem()
+    wanted = slope(fixed_point, weight, x, solver, gradient)
+    found = slope(compiled(fixed_point), weight, x, solver, gradient)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_with_inductor():
+    weight, x = problem()
+    wanted = slope(fixed_point, weight, x, SOLVERS[0], GRADIENTS[0])
+    found = slope(compiled(fixed_point, "inductor"), weight, x, SOLVERS[0], GRADIENTS[0])
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "gradient"), ALL, ids=str)
+def test_in_a_transform_of_torch_func(solver, gradient):
+    weight, x = problem()
+    wanted = slope(fixed_point, weight, x, solver, gradient)
+    found = torch.func.grad(lambda w: fixed_point(w, x, solver, gradient).square().sum())(weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_over_several_weights_at_once():
+    weight, x = problem()
+    weights = torch.stack([weight, 0.5 * weight])
+    found = torch.func.vmap(lambda w: fixed_point(w, x, SOLVERS[0], None))(weights)
+    for one, own in zip(found, weights, strict=True):
+        torch.testing.assert_close(one, fixed_point(own, x, SOLVERS[0], None), rtol=0, atol=1e-10)
+    loss = lambda w: fixed_point(w, x, *ALL[0]).square().sum()  # noqa: E731
+    for one, own in zip(torch.func.vmap(torch.func.grad(loss))(weights), weights, strict=True):
+        torch.testing.assert_close(one, torch.func.grad(loss)(own), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("norm_over", ["sample", "batch"])
+def test_both_judges_say_the_same(relative, norm_over):
+    """`Record.judge` on the host, and `judge` as tensors, on every kind of residual."""
+    stopping = Stopping(1e-3, 9, "relative" if relative else "absolute", norm_over)
+    record, progress = Record(6, stopping.tol, torch.device("cpu")), Progress.begin(torch.zeros(6, 1))
+    draw = np.random.default_rng(0)
+    for step in range(6):
+        residual_sq = draw.choice([1e-9, 1e-2, 1.0, 4.0, 1e18, np.nan, np.inf], 6) if step else np.ones(6)
+        value_sq = draw.choice([0.0, 1.0, 9.0], 6) if step else np.ones(6)
+        improved, moving = record.judge(
+            residual_sq.copy(), value_sq.copy(), relative=relative, over_batch=norm_over == "batch"
+        )
+        squares = torch.from_numpy(residual_sq), torch.from_numpy(value_sq)
+        improving, going, progress = judge(progress, *squares, stopping)
+        assert improving.tolist() == improved.tolist()
+        assert going.tolist() == moving.tolist()
+        assert progress.status.tolist() == record.status.tolist()
+        assert progress.steps.tolist() == record.steps.tolist()
+        torch.testing.assert_close(progress.best, record.best, equal_nan=True)
+        torch.testing.assert_close(progress.limit, record.limit)
+
+
+def shortened(module: nn.Module) -> nn.Module:
+    """Fewer steps: every one of them is traced."""
+    deq = module if isinstance(module, td.DEQ) else getattr(module, "deq", None)
+    if deq is not None:
+        deq.stopping = replace(deq.stopping, max_steps=2)
+        deq.gradient = replace(deq.gradient, max_steps=2)
+    return module
+
+
+QUICKLY = (
+    "MLPCell",
+    "TransformerCell",
+    "MDEQCell",
+    "DEQ of MLPCell",
+    "DEQ of one's own cell",
+    "TransformerXL",
+)
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [pytest.param(i, marks=[] if i.name in QUICKLY else pytest.mark.slow, id=i.name) for i in MODULES],
+)
+def test_every_module_trains_in_one_graph(instance):
+    module = shortened(instance.make()).double()
+    module.eval()  # without dropout, whose masks a compiled function draws otherwise
+    for part in module.modules():
+        if isinstance(part, td.DEQ):
+            part.training = True  # so that the penalty is taken
+    inputs = [x.double() if x.is_floating_point() else x for x in instance.inputs()]
+    parameters = list(module.parameters())
+
+    def step(*given):
+        return instance.value(module, *given)
+
+    found = []
+    for function in (step, compiled(step)):
+        torch.manual_seed(2)
+        penalty = getattr(module, "penalty", None)
+        if penalty is not None:
+            penalty.draw()
+        value = function(*inputs)
+        loss = value.float().square().mean()
+        found.append((value, torch.autograd.grad(loss, parameters)))
+    (value, gradients), (again, others) = found
+    assert value.shape == again.shape
+    if getattr(module, "penalty", None) is None:  # else the probes of the two are different ones
+        torch.testing.assert_close(again, value, rtol=1e-6, atol=1e-8)
+        for one, other in zip(others, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "instance", [i for i in MODULES if "DEQ" in i.name and i.name != "MDEQCell"], ids=lambda i: i.name
+)
+def test_an_exported_program_is_saved_and_serves_any_batch(instance):
+    module, inputs = shortened(instance.make()).eval(), instance.inputs()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    stream = io.BytesIO()
+    torch.export.save(torch.export.export(module, inputs, dynamic_shapes=({0: batch},)), stream)
+    stream.seek(0)
+    program = torch.export.load(stream).module()
+    larger = tuple(torch.cat([x, x[:1]]) for x in inputs)
+    found, wanted = program(*larger), module(*larger)
+    assert type(found) is type(wanted)
+    name = next(name for name in ("value", "logits", "hidden") if hasattr(found, name))
+    torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-6)
+    assert found.solution.nfe == 2
+    assert torch.equal(found.solution.status, wanted.solution.status)
+
+
+@pytest.mark.parametrize(
+    "options", [{"throw": True}, {"compact": 0.5}, {"debug": True}, {"graph": True}], ids=str
+)
+def test_what_cannot_be_traced_says_so(options):
+    weight, x = problem()
+    (name,) = options
+    with pytest.raises(Exception, match=f"{name}=.*needs the host between two steps"):
+        torch.func.grad(lambda w: fixed_point(w, x, None, None, **options).sum())(weight)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        td.ImplicitGradient(warm_start=True),
+        td.ImplicitGradient(shine="start"),
+        td.ImplicitGradient(throw=True),
+    ],
+)
+def test_gradients_that_cannot_be_traced_say_so(gradient):
+    weight, x = problem()
+    with pytest.raises(ValueError, match="need the host after the solve"):
+        torch.func.grad(lambda w: fixed_point(w, x, td.Broyden(), gradient).sum())(weight)

@@ -1,0 +1,224 @@
+"""The loop without in-place updates and without the host's decisions: autograd and tracers can follow it.
+
+It serves the unrolled gradient, and `solve` inside torch.compile, torch.export and the transforms of
+torch.func. There the host cannot look, so all evaluations are taken; on samples that have stopped they change
+nothing, so the answer is the same.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_state, check_value
+from ..reference.anderson import LEAST_SQUARE, WEIGHT_LIMIT, anderson_weights
+from ..reference.record import DIVERGENCE, accumulate_dtype
+from ..status import RUNNING, Status
+from .broyden import Broyden
+from .layout import Layout, evaluate
+from .solution import Solution
+from .stopping import Stopping
+
+
+class Progress(NamedTuple):
+    """What is known of each sample, `[B]`; the rows of `Record`, which decides alike on the host."""
+
+    status: Tensor
+    residual: Tensor
+    best: Tensor
+    limit: Tensor
+    steps: Tensor
+
+    @classmethod
+    def begin(cls, x: Tensor) -> "Progress":
+        infinite = x.new_full((x.shape[0],), torch.inf, dtype=torch.float64)
+        status = x.new_full((x.shape[0],), int(RUNNING), dtype=torch.int64)
+        return cls(status, infinite, infinite, torch.zeros_like(infinite), torch.zeros_like(status))
+
+
+def judge(
+    progress: Progress, residual_sq: Tensor, value_sq: Tensor, stopping: Stopping
+) -> tuple[Tensor, Tensor, Progress]:
+    """`Record.judge` as tensors: the masks `improved` and `moving`, and what is known now.
+
+    residual_sq, value_sq: `[B]` float64.
+    """
+    running = progress.status == int(RUNNING)
+    counted = running & residual_sq.isfinite() & value_sq.isfinite()
+    if stopping.norm_over == "batch":
+        residual_sq, value_sq = (
+            torch.where(counted, square, 0).sum().expand(counted.shape) for square in (residual_sq, value_sq)
+        )
+    norm, scale = residual_sq.sqrt(), value_sq.sqrt()
+    residual = norm / (scale + (norm == 0)) if stopping.residual == "relative" else norm
+    limit = torch.where(progress.limit == 0, DIVERGENCE * (norm + scale), progress.limit)
+    tolerance = stopping.tol if stopping.tol > 0 else -1.0
+
+    improved = counted & (residual < progress.best)
+    converged = counted & (residual <= tolerance)
+    moving = counted & ~converged & (norm <= limit)
+    status = torch.where(converged, int(Status.CONVERGED), progress.status)
+    status = torch.where(counted & ~converged & ~moving, int(Status.DIVERGED), status)
+    status = torch.where(running & ~counted, int(Status.NONFINITE), status)
+    return (
+        improved,
+        moving,
+        Progress(
+            status,
+            torch.where(counted, residual, progress.residual),
+            torch.where(improved, residual, progress.best),
+            limit,
+            progress.steps + running,
+        ),
+    )
+
+
+def functional_solve(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    solver: Any,
+    stopping: Stopping,
+    *,
+    trace: bool,
+    looks: bool,
+    debug: bool = False,
+) -> tuple[Tensor, Solution]:
+    """Like `solve`; the value carries the graph of every step. Returns `(value, Solution)`.
+
+    Takes the same iterates as `solve` up to rounding.
+
+    looks: whether the host ends the loop when no sample runs. debug: as in `solve`.
+
+    Raises:
+        TypeError: a solver that is not one of the library's.
+    """
+    check_state("z0", z0)
+    mixing = _mixing(solver)
+    if z0.numel() == 0:
+        value = f(z0)  # nothing to solve, but the value is still a function of what f closes over
+        check_value(value, z0)
+        return value, _solution(value, Progress.begin(z0), 0, [] if trace else None)
+    layout = Layout(z0)
+    x = best = layout.rows(z0)
+    progress, traced = Progress.begin(x), []
+    for step in range(stopping.max_steps):
+        fx = layout.rows(evaluate(f, layout.unrows(x), debug))
+        improved, moving, progress = judge(progress, _square(fx, x), _square(fx), stopping)
+        best = torch.where(improved[:, None], x, best)
+        traced.append(progress.residual)
+        if step + 1 == stopping.max_steps or (looks and not moving.any()):
+            break
+        following = mixing.following(x, fx, moving)
+        x = torch.where(moving[:, None], following.to(x.dtype), x)
+
+    value = layout.unrows(best)
+    return value, _solution(value, progress, step + 1, traced if trace else None)
+
+
+def _square(value: Tensor, x: Tensor | None = None) -> Tensor:
+    """`‖value − x‖²` of rows in float64, without a graph."""
+    value = value.detach().double()
+    return (value if x is None else value - x.detach().double()).square().sum(1)
+
+
+def _solution(value: Tensor, progress: Progress, nfe: int, traced: list[Tensor] | None) -> Solution:
+    batch = value.shape[0]
+    if nfe == 0:
+        progress = progress._replace(
+            status=torch.full_like(progress.status, int(Status.CONVERGED)),
+            best=torch.zeros_like(progress.best),
+        )
+    if traced is not None:
+        stacked = torch.stack(traced) if traced else progress.best.new_empty(0, batch)
+    return Solution(
+        value=value.detach(),
+        residual=progress.best,
+        steps=progress.steps.to(torch.int32),
+        status=progress.status.to(torch.int8),
+        nfe=nfe,
+        path="steps",
+        trace=None if traced is None else stacked,
+    )
+
+
+def _mixing(solver: Any) -> "_Anderson | _Broyden":
+    anderson = getattr(solver, "as_anderson", None)
+    if anderson is not None:
+        return _Anderson(anderson)
+    if isinstance(solver, Broyden):
+        return _Broyden(solver.memory)
+    raise TypeError(
+        f"solver={solver!r} cannot be unrolled or traced: use td.Anderson, td.Broyden or td.Picard"
+    )
+
+
+class _Anderson:
+    """The history of rows, the newest last, and how much of it each sample may use."""
+
+    def __init__(self, solver: Any):
+        self._solver = solver
+        self._residuals: list[Tensor] = []
+        self._iterates: list[Tensor] = []
+        self._count: Tensor | None = None
+
+    def following(self, x: Tensor, fx: Tensor, moving: Tensor) -> Tensor:
+        solver, wide = self._solver, accumulate_dtype(x.dtype)
+        difference = fx.to(wide) - x.to(wide)
+        iterate = x.to(wide) + solver.mixing * difference
+        self._residuals = [*self._residuals, difference][-solver.history :]
+        self._iterates = [*self._iterates, iterate][-solver.history :]
+        if solver.history == 1:
+            return iterate
+        stacked = torch.stack(self._residuals, dim=1)
+        gram = torch.bmm(stacked, stacked.mT).double()
+        held = len(self._residuals)
+        count = x.new_zeros(x.shape[0], dtype=torch.int64) if self._count is None else self._count
+        count = (count + 1).clamp(max=held)
+        valid = torch.arange(held - 1, -1, -1, device=x.device) < count[:, None]
+        relative = solver.ridge_scale == "relative"
+        weights, mixed = anderson_weights(gram, valid, held - 1, solver.ridge, relative)
+        self._count = torch.where(mixed, count, 1)
+        return torch.bmm(weights[:, None].to(wide), torch.stack(self._iterates, dim=1))[:, 0]
+
+
+class _Broyden:
+    """The last pairs, the newest last, and how many of them each sample may use."""
+
+    def __init__(self, memory: int):
+        self._memory = memory
+        self._moves: list[Tensor] = []
+        self._changes: list[Tensor] = []
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._count: Tensor | None = None
+
+    def following(self, x: Tensor, fx: Tensor, moving: Tensor) -> Tensor:
+        wide = accumulate_dtype(x.dtype)
+        x, fx = x.to(wide), fx.to(wide)
+        last, self._last = self._last, (x, fx)
+        if last is None:
+            self._count = x.new_ones(x.shape[0], dtype=torch.int64)
+            return fx
+        self._moves = [*self._moves, x - last[0]][-self._memory :]
+        self._changes = [*self._changes, fx - last[1]][-self._memory :]
+        moves, changes = torch.stack(self._moves, dim=1), torch.stack(self._changes, dim=1)
+        coefficients = self._coefficients(moves, changes, fx - x)
+        return fx + torch.bmm(coefficients[:, None].to(wide), changes)[:, 0]
+
+    def _coefficients(self, moves: Tensor, changes: Tensor, g: Tensor) -> Tensor:
+        """c `[B, pairs]` float64 of the compact form; see triton_deq/reference/broyden.py."""
+        assert self._count is not None
+        products = torch.bmm(moves, moves.mT).double()
+        squares = products.diagonal(dim1=1, dim2=2)
+        held = squares.shape[1]
+        age = torch.arange(held, 0, -1, device=g.device)
+        used = (age <= self._count[:, None]) & (squares > LEAST_SQUARE)
+        scale = torch.where(used, torch.where(used, squares, 1).rsqrt(), 0)
+        matrix = products.triu() - torch.bmm(moves, changes.mT).double()
+        matrix = torch.where(used[:, :, None] & used[:, None, :], matrix, 0)
+        matrix = matrix * scale[:, :, None] * scale[:, None, :] + torch.diag_embed((~used).double())
+        right = torch.where(used, torch.bmm(moves, g[:, :, None])[..., 0].double(), 0) * scale
+        coefficients = scale * torch.linalg.solve_ex(matrix, right[..., None]).result[..., 0]
+        useful = coefficients.abs().sum(1) <= WEIGHT_LIMIT
+        self._count = torch.where(useful, (self._count + 1).clamp(max=self._memory), 1)
+        return torch.where(useful[:, None], coefficients, 0)

@@ -1,0 +1,43 @@
+"""What comes back from a solve or a model, as trees of tensors: so torch.export takes and saves it."""
+
+from dataclasses import fields
+from typing import Any
+
+from torch.utils import _pytree
+
+
+def register(kind: type, *, constants: tuple[str, ...] = (), left_out: tuple[str, ...] = ()) -> None:
+    """Let PyTorch see into a dataclass.
+
+    constants: fields that are no tensors. left_out: fields that an exported program returns as None.
+    """
+    given = [each.name for each in fields(kind) if each.init]
+    parts = [name for name in given if name not in (*constants, *left_out)]
+
+    def flatten(value: Any) -> tuple[list[Any], list[Any]]:
+        return [getattr(value, name) for name in parts], [getattr(value, name) for name in constants]
+
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
+        children, context = flatten(value)
+        return [
+            (_pytree.GetAttrKey(name), child) for name, child in zip(parts, children, strict=True)
+        ], context
+
+    def unflatten(children: Any, context: list[Any]) -> Any:
+        known = {**dict(zip(parts, children, strict=True)), **dict(zip(constants, context, strict=True))}
+        return kind(**{name: known.get(name) for name in given})
+
+    _pytree.register_pytree_node(
+        kind,
+        flatten,
+        unflatten,
+        serialized_type_name=f"triton_deq.{kind.__name__}",
+        to_dumpable_context=lambda context: context,
+        from_dumpable_context=lambda context: context,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
+def register_namedtuple(kind: type) -> None:
+    """PyTorch sees into it already; this gives it a name in a saved program."""
+    _pytree._register_namedtuple(kind, serialized_type_name=f"triton_deq.{kind.__name__}")

@@ -43,7 +43,7 @@ def test_implicit_gradient_against_finite_differences():
     assert gradcheck(solved, (weight, bias))
 
 
-@pytest.mark.parametrize("solver", [td.Anderson(3), td.Picard(0.9)], ids=str)
+@pytest.mark.parametrize("solver", [td.Anderson(3), td.Broyden(2), td.Picard(0.9)], ids=str)
 def test_unrolled_gradient_against_finite_differences(solver):
     """Of the iterate after a few steps, far from the fixed point, z0 included."""
     _, weight, bias = tanh_map(2, 3)
@@ -167,7 +167,7 @@ def test_one_nan_sample_leaves_the_others_solved():
         assert z.isfinite().all()
 
 
-@pytest.mark.parametrize("solver", [td.Anderson(3, mixing=0.8), td.Picard()], ids=str)
+@pytest.mark.parametrize("solver", [td.Anderson(3, mixing=0.8), td.Broyden(3), td.Picard()], ids=str)
 @pytest.mark.parametrize("norm_over", ["sample", "batch"])
 def test_unrolled_takes_the_same_iterates(solver, norm_over):
     f, *_ = tanh_map(3, 8)

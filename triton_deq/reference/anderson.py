@@ -109,7 +109,7 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int) -> Ander
         best=x.clone(),
         residuals=residuals,
         iterates=iterates,
-        gram=torch.zeros((batch, history, history), dtype=torch.float64),
+        gram=torch.zeros((batch, history, history), dtype=torch.float64, device="cpu"),
         dots=x.new_zeros((batch, 1, history + 1), dtype=wide),
         record=Record(batch, tol, torch.device("cpu")),
         before=torch.empty(0, dtype=torch.float64, device=x.device),

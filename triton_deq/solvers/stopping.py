@@ -62,7 +62,7 @@ def _sent_to_host(active: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy that will have arrived when the event has happened."""
     if active.device.type != "cuda":
         return active.clone(), None
-    answer = torch.empty((), dtype=active.dtype, pin_memory=True)
+    answer = torch.empty((), dtype=active.dtype, device="cpu", pin_memory=True)
     answer.copy_(active, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(active.device))

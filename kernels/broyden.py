@@ -13,6 +13,7 @@ from .primitives import (
     LEAST_SQUARE,
     RUNNING,
     STATUS,
+    UNROLLED,
     WEIGHT_LIMIT,
     batch_sums,
     is_finite,
@@ -126,6 +127,14 @@ def broyden_coefficients(matrix, squares, right, pairs, slot, lanes, SLOTS: tl.c
     return tl.where(useful, coefficients, 0.0), useful
 
 
+@triton.jit
+def weighted(change_ptr, weights, lanes, i, inside, WIDE: tl.constexpr):
+    """One change times its weight; what has none is not read."""
+    weight = pick(weights, lanes, i).to(WIDE)
+    used = tl.where(weight != 0, inside, False)
+    return weight * tl.load(change_ptr, mask=used, other=0).to(WIDE)
+
+
 @triton.jit(do_not_specialize=["tick", "next_tick", "slot", "newest", "last", "B", "parts"])
 def broyden_advance_kernel(
     x_ptr,
@@ -219,9 +228,12 @@ def broyden_advance_kernel(
                 tl.store(best_ptr + row + columns, x, mask=inside)
             if moving:
                 total = tl.zeros([BLOCK], dtype=WIDE)
-                for i in tl.static_range(SLOTS):
-                    weight = pick(weights, lanes, i).to(WIDE)
-                    used = tl.where(weight != 0, inside, False)
-                    change = tl.load(changes_ptr + i * ring + row + columns, mask=used, other=0)
-                    total += weight * change.to(WIDE)
+                if SLOTS <= UNROLLED:
+                    for i in tl.static_range(SLOTS):
+                        change_ptr = changes_ptr + i * ring + row + columns
+                        total += weighted(change_ptr, weights, lanes, i, inside, WIDE)
+                else:
+                    for i in range(SLOTS):
+                        change_ptr = changes_ptr + i * ring + row + columns
+                        total += weighted(change_ptr, weights, lanes, i, inside, WIDE)
                 tl.store(x_ptr + row + columns, total, mask=inside)

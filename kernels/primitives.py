@@ -17,6 +17,9 @@ LIMIT = tl.constexpr(4)
 TOLERANCE = tl.constexpr(5)
 STEPS = tl.constexpr(6)
 
+UNROLLED = tl.constexpr(16)
+"""Up to how many turns a loop over the slots of a history is written out."""
+
 CONVERGED = tl.constexpr(0)
 RUNNING = tl.constexpr(1)
 DIVERGED = tl.constexpr(2)
@@ -266,6 +269,21 @@ def write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite
 
 
 @triton.jit
+def pivoted_step(matrix, rhs, order, lanes, k, SIZE: tl.constexpr):
+    """Eliminate column k with the row of the largest entry among those that were no pivot yet."""
+    column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
+    size = tl.where((order < 0) & (lanes < SIZE), tl.abs(column), -1.0)
+    # NaN compares as false everywhere: then no lane is chosen, and the division below gives NaN.
+    lane = tl.min(tl.where(size == tl.max(size, axis=0), lanes, SIZE), axis=0)
+    order = tl.where(lanes == lane, k, order)
+    pivot_row = tl.sum(tl.where(lanes[:, None] == lane, matrix, 0), axis=0)
+    factor = tl.where(lanes == lane, 0, column / pick(pivot_row, lanes, k))
+    matrix -= factor[:, None] * pivot_row[None, :]
+    rhs -= factor * pick(rhs, lanes, lane)
+    return matrix, rhs, order
+
+
+@triton.jit
 def solve_pivoted(matrix, rhs, lanes, SIZE: tl.constexpr):
     """Solve the leading SIZE×SIZE system of a small `matrix` `[P, P]` by Gauss-Jordan with row pivoting.
 
@@ -273,16 +291,12 @@ def solve_pivoted(matrix, rhs, lanes, SIZE: tl.constexpr):
     A singular matrix gives entries that are not finite.
     """
     order = tl.full(rhs.shape, -1, tl.int32)
-    for k in tl.static_range(SIZE):
-        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
-        size = tl.where((order < 0) & (lanes < SIZE), tl.abs(column), -1.0)
-        # NaN compares as false everywhere: then no lane is chosen, and the division below gives NaN.
-        lane = tl.min(tl.where(size == tl.max(size, axis=0), lanes, SIZE), axis=0)
-        order = tl.where(lanes == lane, k, order)
-        pivot_row = tl.sum(tl.where(lanes[:, None] == lane, matrix, 0), axis=0)
-        factor = tl.where(lanes == lane, 0, column / pick(pivot_row, lanes, k))
-        matrix -= factor[:, None] * pivot_row[None, :]
-        rhs -= factor * pick(rhs, lanes, lane)
+    if SIZE <= UNROLLED:
+        for k in tl.static_range(SIZE):
+            matrix, rhs, order = pivoted_step(matrix, rhs, order, lanes, k, SIZE)
+    else:  # written out 50 times, it takes minutes to compile
+        for k in range(SIZE):
+            matrix, rhs, order = pivoted_step(matrix, rhs, order, lanes, k, SIZE)
     found = order[:, None] == lanes[None, :]
     diagonal = tl.sum(tl.where(found, matrix, 0), axis=1)
     solution = rhs / tl.where(order < 0, 1.0, diagonal)

@@ -57,8 +57,14 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         contiguous=states,
         traffic=_broyden_residual_traffic if part == "residual" else _broyden_advance_traffic,
         work=_broyden_residual_work if part == "residual" else _broyden_advance_work,
+        options={"num_warps": 8 if slots > 32 and part == "advance" else 4, "enable_fp_fusion": True},
         budget=budget_of(dtype, rows),
     )
+
+
+def _narrow(entry: Entry) -> Entry:
+    """Loads of 8 bytes will do: 8 warps of an AMD GPU are 512 lanes, and a block has 1024 entries."""
+    return replace(entry, budget=replace(entry.budget, load=8, store=8))
 
 
 def _broyden_residual_traffic(entry: Entry, batch: int, entries: int) -> int:
@@ -101,4 +107,5 @@ ENTRIES = (
     traded(_broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY))),
     _broyden("advance", "bf16", 10, ODD, "odd N"),
     _broyden("advance", "fp32", 10, _in_blocks_of(1024, 256, ONE_LARGE), "one sample"),
+    _narrow(_broyden("advance", "fp32", 50, _in_blocks_of(1024, 16, MANY), "every pair")),
 )

@@ -37,7 +37,7 @@ def test_any_strides(layout, device):
 
 
 @kernels
-@pytest.mark.parametrize("memory", [1, 2, 6, 7])
+@pytest.mark.parametrize("memory", [1, 2, 6, 7, 18])
 def test_any_memory(memory, device):
     case = Case(torch.float32, (3, 19), torch.device(device), 2)
     assert_within_bounds(check_broyden(case, memory=memory, steps=memory + 3))
@@ -80,7 +80,7 @@ def solve_kernel(matrix_ptr, right_ptr, out_ptr, SIZE: tl.constexpr, LANES: tl.c
 
 
 @kernels
-@pytest.mark.parametrize("size", [1, 5, 10])
+@pytest.mark.parametrize("size", [1, 5, 10, 20])
 def test_the_kernels_elimination_pivots(size, device):
     """Systems that no elimination without row exchanges survives: zeros on the diagonal."""
     lanes = triton.next_power_of_2(size + 2)

@@ -169,6 +169,7 @@ def broyden_advance(
         PARTS=next_power_of_2(cut.parts),
         RELATIVE=relative,
         OVER_BATCH=over_batch,
+        num_warps=8 if state.slots > 32 else 4,  # which hold M, 64 × 64 in float64 then
         **constants,
     )
     return state.active[step % len(state.active)]

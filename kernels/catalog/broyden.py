@@ -37,7 +37,7 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         "BLOCK": rows.block,
         "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
     }
-    fp64 = Pointer("fp64")
+    fp64, warps = Pointer("fp64"), {}
     if part == "residual":
         states = ("fx_ptr", "x_ptr", "moves_ptr", "changes_ptr")
         small = {"dots_ptr": fp64, "record_ptr": fp64, "before_ptr": fp64}
@@ -47,6 +47,7 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         small = dict.fromkeys(("dots_ptr", "matrix_ptr", "squares_ptr", "record_ptr", "before_ptr"), fp64)
         small["active_ptr"] = Pointer("i32")
         sizes = {**sizes_of(rows), **ticks_of(slots, slots), "slot": 0, "newest": memory, "last": 0}
+        warps = {"num_warps": 8 if slots > 32 else 4}
         constants |= {"PARTS": 1 << (rows.parts - 1).bit_length(), "RELATIVE": True, "OVER_BATCH": False}
     return Entry(
         op="broyden",
@@ -57,7 +58,7 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         contiguous=states,
         traffic=_broyden_residual_traffic if part == "residual" else _broyden_advance_traffic,
         work=_broyden_residual_work if part == "residual" else _broyden_advance_work,
-        options={"num_warps": 8 if slots > 32 and part == "advance" else 4, "enable_fp_fusion": True},
+        options={"enable_fp_fusion": True, **warps},
         budget=budget_of(dtype, rows),
     )
 

@@ -77,6 +77,13 @@ def test_copies(instance):
         assert_same_step(instance, copy.deepcopy(module), other, inputs)
 
 
+def test_a_layer_with_another_parametrization_is_not_half_pickled():
+    cell = td.TransformerCell(8, 2, 16, 4)
+    nn.utils.parametrize.register_parametrization(cell.qkv, "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(cell)
+
+
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(instance, dtype):

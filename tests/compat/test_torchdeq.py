@@ -170,6 +170,14 @@ def test_a_function_may_return_one_memory_each_time(name):
     assert_same(kept, THEIRS[name](f, x0, max_iter=9, tol=0.0, indexing=[4]))
 
 
+def test_a_line_search_where_a_function_returns_one_memory_each_time():
+    f, x0 = problem(norm=3.0)
+    memory = torch.empty_like(x0)
+    options = {"max_iter": 8, "tol": 0.0, "ls": True}
+    kept = OURS["broyden"](lambda z: memory.copy_(f(z)), x0, backend="reference", **options)
+    assert_same(kept, OURS["broyden"](f, x0, backend="reference", **options))
+
+
 def test_a_function_may_not_change_what_it_returned():
     f, x0 = problem()
     memory = [torch.empty_like(x0), torch.empty_like(x0)]

@@ -1,5 +1,7 @@
 """What cells ask of the layers they are made of."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -45,7 +47,9 @@ def _make_picklable(layer: nn.Module) -> None:
     kind = type(layer).__bases__[0]
     renewed = {"_modules", "_load_state_dict_pre_hooks"}
 
-    def reduce(self: nn.Module, protocol: int) -> tuple:
+    def reduce(self: Any, protocol: int) -> Any:
+        if [*self.parametrizations] != ["weight"] or len(self.parametrizations.weight) != 1:
+            return nn.Module.__reduce_ex__(self, protocol)  # somebody added another: PyTorch says no
         attributes = {name: value for name, value in vars(self).items() if name not in renewed}
         return _restored, (kind, attributes, dict(self._modules))
 

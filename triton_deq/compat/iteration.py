@@ -27,6 +27,13 @@ Function = Callable[[Tensor], Tensor]
 Squares = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
+INITIAL = 1e8
+"""What both libraries take for the lowest residual before the first step."""
+
+STALLED = (30, 3.0, 1.3)
+"""Broyden ends when, after so many steps and below so many tolerances, the last residuals differ by less."""
+
+
 class Iteration:
     """What the methods share: f on rows, and the best iterate so far.
 
@@ -305,14 +312,14 @@ def _column(mask: NDArray[np.bool_], like: Tensor) -> Tensor:
 
 def searched(f: Function, x: Tensor, update: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The iterate and f there that `armijo` accepts along `update`; the whole step where it accepts none."""
-    known: dict[float, tuple[Tensor, Tensor, float]] = {}
+    last: list[tuple[Tensor, Tensor]] = []
 
     def phi(scale: float) -> float:
         at = x + scale * update
-        value = f(at)
-        square = torch.linalg.vector_norm(value - at).item() ** 2
-        known[scale] = at, value, square if np.isfinite(square) else np.inf
-        return known[scale][2]
+        last[:] = [(at, f(at))]
+        square = torch.linalg.vector_norm(last[0][1] - at).item() ** 2
+        return square if np.isfinite(square) else np.inf
 
-    scale = armijo(phi, torch.linalg.vector_norm(g).item() ** 2)
-    return known[1.0 if scale is None else scale][:2]
+    if armijo(phi, torch.linalg.vector_norm(g).item() ** 2) is None:
+        phi(1.0)  # f may have written over what it gave before
+    return last[0]

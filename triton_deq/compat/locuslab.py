@@ -24,14 +24,8 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..jacobian import jacobian_norm_of, spectral_pair_of
-from .iteration import AndersonIteration, BroydenIteration, Function, Iteration
+from .iteration import INITIAL, STALLED, AndersonIteration, BroydenIteration, Function, Iteration
 from .options import refuse_unknown
-
-INITIAL = 1e8
-"""What counts as lowest before the first step."""
-
-STALLED = (30, 3.0, 1.3)
-"""Broyden ends when, after so many steps and below so many tolerances, the last residuals differ by less."""
 
 PROTECTION = {"abs": 1e6, "rel": 1e3}
 """Broyden breaks off above the first residual times this, times the last dimension of the state."""

@@ -109,7 +109,7 @@ def functional_solve(
         traced.append(progress.residual)
         if step + 1 == stopping.max_steps or (looks and not moving.any()):
             break
-        following = mixing.following(x, fx, moving)
+        following = mixing.following(x, fx)
         x = torch.where(moving[:, None], following.to(x.dtype), x)
 
     value = layout.unrows(best)
@@ -117,9 +117,10 @@ def functional_solve(
 
 
 def _square(value: Tensor, x: Tensor | None = None) -> Tensor:
-    """`‖value − x‖²` of rows in float64, without a graph."""
-    value = value.detach().double()
-    return (value if x is None else value - x.detach().double()).square().sum(1)
+    """`‖value − x‖²` of rows, summed in float64, without a graph."""
+    value = value.detach().to(accumulate_dtype(value.dtype))
+    difference = value if x is None else value - x.detach().to(value.dtype)
+    return torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64).square()
 
 
 def _solution(value: Tensor, progress: Progress, nfe: int, traced: list[Tensor] | None) -> Solution:
@@ -162,7 +163,7 @@ class _Anderson:
         self._iterates: list[Tensor] = []
         self._count: Tensor | None = None
 
-    def following(self, x: Tensor, fx: Tensor, moving: Tensor) -> Tensor:
+    def following(self, x: Tensor, fx: Tensor) -> Tensor:
         solver, wide = self._solver, accumulate_dtype(x.dtype)
         difference = fx.to(wide) - x.to(wide)
         iterate = x.to(wide) + solver.mixing * difference
@@ -192,7 +193,7 @@ class _Broyden:
         self._last: tuple[Tensor, Tensor] | None = None
         self._count: Tensor | None = None
 
-    def following(self, x: Tensor, fx: Tensor, moving: Tensor) -> Tensor:
+    def following(self, x: Tensor, fx: Tensor) -> Tensor:
         wide = accumulate_dtype(x.dtype)
         x, fx = x.to(wide), fx.to(wide)
         last, self._last = self._last, (x, fx)

@@ -8,16 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checks import check_choice, check_count, check_number
-from ..iteration import Iteration
-
-INITIAL = 1e8
-"""What TorchDEQ's traces begin with, and what is lower counts as found."""
+from ..iteration import INITIAL, STALLED, Iteration
 
 LEAST = 1e-9
 """What TorchDEQ adds to ‖f(x)‖ in a relative residual."""
-
-STALLED = (30, 3.0, 1.3)
-"""Broyden ends when, after so many steps and below so many tolerances, the last residuals differ by less."""
 
 Answer = tuple[Tensor, list[Tensor], Any]
 

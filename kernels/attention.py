@@ -19,7 +19,7 @@ What all kernels take:
 import triton
 import triton.language as tl
 
-from .primitives import dot
+from .products import dot
 
 # ---------------------------------------------------------------------------------- rows of a head, in parts
 

@@ -21,7 +21,6 @@ from .primitives import (
     activate,
     activation_curvature,
     activation_slope,
-    dot,
     is_finite,
     judge,
     mixing_weights,
@@ -29,57 +28,7 @@ from .primitives import (
     standardise,
     standardise_vjp,
 )
-
-
-@triton.jit
-def product(
-    rows_ptr,
-    scale_ptr,
-    rows,
-    scale_rows,
-    present,
-    matrix_ptr,
-    columns,
-    column_stride,
-    depth_stride,
-    N,
-    K,
-    SCALED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TF32: tl.constexpr,
-    OPERAND: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """`X M` at `rows` and `columns`, X being rows of K entries, multiplied elementwise by `scale` if SCALED.
-
-    rows, scale_rows: numbers of rows, counted from where the pointers point.
-    matrix: entry (depth k, column n) of M lies at k · depth_stride + n · column_stride; M is [K, N].
-    """
-    total = tl.zeros([rows.shape[0], columns.shape[0]], dtype=WIDE)
-    for start in range(0, K, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K)
-        within = depth < K
-        inside = present[:, None] & within[None, :]
-        a = tl.load(rows_ptr + rows[:, None] * K + depth[None, :], mask=inside, other=0)
-        if SCALED:
-            scale = tl.load(scale_ptr + scale_rows[:, None] * K + depth[None, :], mask=inside, other=0)
-            a = a.to(WIDE) * scale.to(WIDE)
-        entries = depth[:, None] * depth_stride + columns[None, :] * column_stride
-        b = tl.load(matrix_ptr + entries, mask=within[:, None] & (columns < N)[None, :], other=0)
-        total = dot(a, b, total, TF32, OPERAND, WIDE)
-    return total
-
-
-@triton.jit
-def tile_of(N, ROWS, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The first row and the columns of this program; GROUP row blocks share what they read of the matrix."""
-    program = tl.program_id(0)
-    row_blocks = tl.cdiv(ROWS, BLOCK_B)
-    wide = GROUP * tl.cdiv(N, BLOCK_N)
-    first = program // wide * GROUP
-    size = tl.minimum(row_blocks - first, GROUP)
-    row_block = first + program % wide % size
-    return row_block * BLOCK_B, program % wide // size * BLOCK_N + tl.arange(0, BLOCK_N)
+from .products import dot, multiple, product, tile_of
 
 
 @triton.jit
@@ -107,12 +56,14 @@ def mlp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """`act(a)` with `a = z Wᵀ + u`, normalised over its width with NORM; on request `act′(a)` and `act″(a)`.
 
     z: [B, K]    weight: [N, K]    injection u, value, slope, curvature: [B, N]    gain, offset: [N]
     NORM: BLOCK_N is at least N.
     """
+    N, K = multiple(N, ALIGN), multiple(K, ALIGN)
     begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < B
@@ -170,11 +121,13 @@ def mlp_vjp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """`(v ⊙ act′(a)) W`, the product of v with the Jacobian of `z ↦ act(z Wᵀ + u)`, plus `shift`.
 
     vector: [ROWS, K], ROWS a multiple of B    slope: [B, K]    weight: [K, N]    shift, out: [ROWS, N]
     """
+    N, K = multiple(N, ALIGN), multiple(K, ALIGN)
     begin, columns = tile_of(N, ROWS, BLOCK_B, BLOCK_N, GROUP)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < ROWS
@@ -227,6 +180,7 @@ def mlp_probe_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """`ε_m ⊙ act′(a)` of the probes that a seed stands for, and `act″(a)`, with `a = z Wᵀ + u`.
 
@@ -235,6 +189,7 @@ def mlp_probe_kernel(
     z: [B, K]    weight: [N, K]    injection, curvature: [B, N]    seed: [1] int64    vectors: [PROBES, B, N]
     quarter: of B · N, rounded up
     """
+    N, K = multiple(N, ALIGN), multiple(K, ALIGN)
     begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < B
@@ -289,11 +244,13 @@ def mlp_probe_vjp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """`act″(a) ⊙ Σ_m ε_m ⊙ (p̄_m Wᵀ)`: the gradient in a, from p̄_m, those in the products `p_m = ε_mᵀ J`.
 
     products p̄: [PROBES, B, K]    weight: [N, K]    curvature, out: [B, N]    seed, quarter: as there
     """
+    N, K = multiple(N, ALIGN), multiple(K, ALIGN)
     begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < B

@@ -1,4 +1,4 @@
-"""Device functions that kernels share: products, activations, norms, stopping, small solves, probes.
+"""Device functions that kernels share: activations, norms, stopping, small solves, probes.
 
 The formulas of activations, with their first and second derivatives, stand in
 triton_deq/reference/activations.py.
@@ -6,7 +6,6 @@ triton_deq/reference/activations.py.
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
 # Rows of a solve's record, a float64 `[FIELDS, B]`; triton_deq/reference/record.py holds the same numbers.
 STATUS = tl.constexpr(0)
@@ -29,17 +28,6 @@ DIVERGENCE = tl.constexpr(1e6)
 WEIGHT_LIMIT = tl.constexpr(1e4)
 LEAST_SQUARE = tl.constexpr(1e-200)
 HALF_PI = tl.constexpr(1.5707963267948966)
-
-
-@triton.jit
-def dot(a, b, total, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr):
-    """`total + a b`. OPERAND: what tensor cores take; float32 as three TF32 products, or as one with TF32."""
-    if TF32:
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="tf32", out_dtype=WIDE)
-    elif is_hip():  # AMD's matrix cores take float32 as it is
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="ieee", out_dtype=WIDE)
-    else:
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision="tf32x3", out_dtype=WIDE)
 
 
 @triton.jit

@@ -149,6 +149,8 @@ def call_op(entry: Entry, device: str) -> None:
             norm = mlp.Norm(weight[0], weight[0], values["EPSILON"]) if values["NORM"] else None
             extra = (torch.empty_like(like), torch.empty_like(like)) if values["SLOPE"] else (None, None)
             mlp.mlp_fwd(like, weight, like, ACTIVATIONS["tanh"], norm, None, *extra)
+    elif entry.op == "feedforward":
+        call_feedforward(entry, state_like)
     elif entry.op == "norm":
         call_norm(entry, state_like)
     elif entry.op == "groupnorm":
@@ -193,6 +195,18 @@ def call_op(entry: Entry, device: str) -> None:
                 last=False,
                 backend="triton",
             )
+
+
+def call_feedforward(entry: Entry, rows: torch.Tensor) -> None:
+    from triton_deq.ops import feedforward
+
+    values, inner = entry.arguments, rows.new_empty(len(rows), entry.arguments["N"])
+    if entry.name.startswith("feedforward_vjp"):
+        feedforward.feedforward_vjp_fwd(rows, rows.new_zeros(rows.shape[1], values["N"]), inner)
+        return
+    s = rows.unflatten(0, (-1, values["per"]))
+    weight, mask = rows.new_zeros(values["N"], rows.shape[1]), inner[: len(s)] if values["MASK"] else None
+    feedforward.feedforward_fwd(s, weight, inner[0], mask)
 
 
 def call_norm(entry: Entry, x: torch.Tensor) -> None:

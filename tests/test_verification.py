@@ -37,6 +37,8 @@ def test_quick_run_in_a_fresh_process(tmp_path):
         "mlp_probe",
         "mlp_probe_vjp",
         "mlp_solve",
+        "feedforward",
+        "feedforward_vjp",
         "norm",
         "norm_vjp",
         "attention",

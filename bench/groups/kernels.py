@@ -79,6 +79,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         ("mlp_solve", "narrow", _mlp_solve, _mlp_solve_torch),
         ("norm", "rows", _norm, _norm_torch),
         ("norm_vjp", "rows", _norm_vjp, _norm_vjp_torch),
+        ("feedforward", "rows", _feedforward, _feedforward_torch),
+        ("feedforward_vjp", "rows", _feedforward_vjp, _feedforward_vjp_torch),
     )
     for kernel, width, make, peer in layers:
         for shape in (GPU_LAYERS if setting.gpu else LAYERS)[setting.scale][width]:
@@ -466,6 +468,43 @@ def _norm_vjp_torch(randn, batch: int, width: int) -> Call:
     backward = torch.ops.aten.native_layer_norm_backward
     only_x = [True, False, False]
     return lambda: backward(vector, x, [width], mean, inverse, gain, gain, only_x)[0]
+
+
+SPREAD = 68
+"""How many times as wide as its state the paper's Transformer's hidden layer is, about: 48000 to 700."""
+
+
+def _hidden(randn, batch: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sequence, a matrix into the hidden layer, a bias, a mask."""
+    inner = SPREAD * width
+    return randn(1, batch, width), randn(inner, width), randn(inner), randn(1, 1, inner).relu()
+
+
+def _feedforward(randn, batch: int, width: int, backend: str) -> Call:
+    from triton_deq.ops.feedforward import feedforward
+
+    s, weight, bias, mask = _hidden(randn, batch, width)
+    return lambda: feedforward(s, weight, bias, mask, backend)
+
+
+def _feedforward_torch(randn, batch: int, width: int) -> Call:
+    """The library's matrix product, and a pass over its result each for the mask and for the relu."""
+    s, weight, bias, mask = _hidden(randn, batch, width)
+    return lambda: (torch.nn.functional.linear(s, weight, bias) * mask).relu()
+
+
+def _feedforward_vjp(randn, batch: int, width: int, backend: str) -> Call:
+    from triton_deq.ops.feedforward import feedforward_vjp
+
+    vector, weight, _, _ = _hidden(randn, batch, width)
+    matrix, inner = weight.mT.contiguous(), randn(1, batch, len(weight)).relu()
+    return lambda: feedforward_vjp(vector, matrix, inner, backend)
+
+
+def _feedforward_vjp_torch(randn, batch: int, width: int) -> Call:
+    vector, weight, _, mask = _hidden(randn, batch, width)
+    matrix, inner = weight.mT.contiguous(), randn(1, batch, len(weight)).relu()
+    return lambda: torch.where(inner > 0, vector @ matrix * mask, 0)
 
 
 def _contraction(randn, width: int) -> Any:

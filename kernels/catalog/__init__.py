@@ -8,7 +8,7 @@ configurations are compiled.
 
 from collections.abc import Mapping
 
-from . import anderson, attention, broyden, fusion, groupnorm, jacobian, mlp, norm
+from . import anderson, attention, broyden, feedforward, fusion, groupnorm, jacobian, mlp, norm
 from .entry import BYTES, Budget, Entry, Pointer
 
 __all__ = ["BYTES", "ENTRIES", "STEPS", "Budget", "Entry", "Pointer"]
@@ -17,6 +17,7 @@ ENTRIES: tuple[Entry, ...] = (
     *anderson.ENTRIES,
     *attention.ENTRIES,
     *broyden.ENTRIES,
+    *feedforward.ENTRIES,
     *fusion.ENTRIES,
     *groupnorm.ENTRIES,
     *jacobian.ENTRIES,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 import triton.language as tl
@@ -14,7 +15,7 @@ def _mlp(
     dtype: str, batch: int, width: int, note: str = "", *, norm: bool = False, slopes: bool = False
 ) -> Entry:
     """A square layer; slopes: act′ and act″ are written too."""
-    tiles = _tiles(dtype, batch, width, norm)
+    tiles = tiles_of(dtype, batch, width, width, whole=norm)
     pointers = ("z_ptr", "weight_ptr", "injection_ptr", "value_ptr")
     others = ("gain_ptr", "offset_ptr", "slope_ptr", "curvature_ptr")
     outputs = 3 if slopes else 1
@@ -46,7 +47,7 @@ def _mlp(
 
 
 def _mlp_vjp(dtype: str, batch: int, width: int, note: str = "") -> Entry:
-    tiles = _tiles(dtype, batch, width)
+    tiles = tiles_of(dtype, batch, width, width)
     pointers = ("vector_ptr", "slope_ptr", "weight_ptr", "shift_ptr", "out_ptr")
     return Entry(
         op="mlp",
@@ -112,7 +113,7 @@ def _mlp_estimate(
     traffic: Callable[[Entry, int, int], int],
 ) -> Entry:
     """The kernels of the fused estimate: a product with probes in its epilogue."""
-    tiles = _tiles(dtype, batch, width)
+    tiles = tiles_of(dtype, batch, width, width)
     probes = constants["PROBES"]
     products = 1 if kernel == "mlp_probe" else probes
     return Entry(
@@ -236,8 +237,10 @@ def precision_of(dtype: str) -> dict[str, Any]:
     return {"TF32": False, "OPERAND": names[dtype], "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
 
 
-def _tiles(dtype: str, rows: int, columns: int, whole: bool = False) -> dict[str, int]:
-    """As the ops cut a product into programs."""
+def tiles_of(
+    dtype: str, rows: int, columns: int, depth: int, *, group: int = 8, whole: bool = False
+) -> dict[str, int]:
+    """As the ops cut a product `[rows, depth] × [depth, columns]` into programs."""
     narrow = dtype in ("fp16", "bf16")
     most = 128 if narrow else 64
     if whole:
@@ -246,9 +249,14 @@ def _tiles(dtype: str, rows: int, columns: int, whole: bool = False) -> dict[str
         block_b, block_n = (min(max(16, 1 << (size - 1).bit_length()), most) for size in (rows, columns))
         if rows * columns < 132 * block_b * block_n:
             block_b, block_n = min(block_b, 32), min(block_n, 64)
-    depth = 16 if whole or dtype == "fp64" else 64 if narrow else 32
-    warps = 8 if block_b * block_n >= 8192 else 4
-    return {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": depth, "GROUP": 8, "num_warps": warps}
+    return {
+        "BLOCK_B": block_b,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 16 if whole or dtype == "fp64" else 64 if narrow else 32,
+        "GROUP": group,
+        "ALIGN": gcd(16 // BYTES[dtype], columns, depth),
+        "num_warps": 8 if block_b * block_n >= 8192 else 4,
+    }
 
 
 ENTRIES = (

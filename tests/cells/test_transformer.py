@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import triton_deq as td
+from tests.counters import Counter
 from triton_deq.backend import ambient
 from triton_deq.cells.transformer import Memory
 from triton_deq.deq import Injected
@@ -18,9 +19,9 @@ BATCH, LENGTH, PAST, WIDTH, HEADS, HEAD = 2, 5, 3, 8, 2, 3
 PLACES = pytest.mark.parametrize("pre_norm", [False, True], ids=["post", "pre"])
 
 
-def cell_and_input(pre_norm=False, dtype=torch.float64, past=PAST, **options):
+def cell_and_input(pre_norm=False, dtype=torch.float64, past=PAST, inner=12, **options):
     torch.manual_seed(3)
-    cell = td.TransformerCell(WIDTH, HEADS, 12, HEAD, pre_norm=pre_norm, init_std=0.3, **options).to(dtype)
+    cell = td.TransformerCell(WIDTH, HEADS, inner, HEAD, pre_norm=pre_norm, init_std=0.3, **options).to(dtype)
     x = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype)
     memory = Memory(
         torch.randn(BATCH, past, WIDTH, dtype=dtype), torch.randn(BATCH, past, 2 * HEADS * HEAD, dtype=dtype)
@@ -75,6 +76,25 @@ def test_the_value_is_the_papers(pre_norm, weight_norm, window, backend):
             cell.write(z, cell.inject((x, memory)), out)
     torch.testing.assert_close(value, written_out(cell, z, x, memory))
     torch.testing.assert_close(out, value)
+
+
+@pytest.mark.kernels
+@PLACES
+@pytest.mark.parametrize("dropped", [False, True], ids=["kept", "dropped"])
+def test_the_hidden_layer_is_passed_over_by_products_alone(pre_norm, dropped):
+    """It is far wider than the state: forward and backward write it once each, and only products read it."""
+    cell, x, z = cell_and_input(pre_norm, inner=100, dropout=0.3 if dropped else 0.0)
+    hidden = torch.empty(BATCH, LENGTH, 100)
+    with ambient("triton"), torch.no_grad():
+        u = cell.inject(x)
+        with Counter(hidden) as counter:
+            cell(z, u)
+            value, pullback = cell.vjp(z, u)
+            pullback(value)
+    # What the kernels write, and nothing that an operator returns.
+    assert counter.now.allocated == ["new_empty", "new_empty", "empty_like"]
+    assert counter.now.launches.count("feedforward_kernel") == 2
+    assert counter.now.launches.count("feedforward_vjp_kernel") == 1
 
 
 @PLACES

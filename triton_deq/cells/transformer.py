@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ..checks import check_count, check_number
 from ..ops.attention import Context, Evaluated, attention, attention_evaluated, attention_vjp, with_mask
+from ..ops.feedforward import feedforward, feedforward_vjp
 from ..ops.norm import norm, norm_value, norm_vjp
 from .layers import does_as, normalise_weight
 
@@ -41,12 +42,14 @@ class Weights(NamedTuple):
 class Masks(NamedTuple):
     """Variational dropout (Gal & Ghahramani, arXiv 1506.02142): one mask for all tokens and steps.
 
-    Each is 0 or 1/(1 − p): attention and output `[B, 1, D]`, inner `[B, 1, inner]`.
+    Each is 0 or 1/(1 − p): attention and output `[B, 1, D]`, inner `[B, 1, inner]`. pulled is
+    output/(1 − p): what a gradient passes on its way back to the inner layer.
     """
 
     attention: Tensor
     inner: Tensor
     output: Tensor
+    pulled: Tensor
 
 
 class TransformerInjection(NamedTuple):
@@ -261,7 +264,8 @@ class TransformerCell(nn.Module):
             return None
         widths = (self.width, self.up.out_features, self.width)
         like = self.content_bias
-        return Masks(*(_mask((tokens.shape[0], 1, width), self.dropout, like) for width in widths))
+        attention, inner, output = (_mask((tokens.shape[0], 1, width), self.dropout, like) for width in widths)
+        return Masks(attention, inner, output, pulled=output / (1 - self.dropout))
 
     # ------------------------------------------------------------------------------- every step
 
@@ -302,14 +306,14 @@ class TransformerCell(nn.Module):
         """The value, q, k and v, and what is behind the relu; `normed` is a LayerNorm of a residual sum."""
         if z.shape != u.shape:
             raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {u.shape}: give z that shape")
-        masks = (None, None, None) if u.masks is None else u.masks
+        masks = (None, None, None) if u.masks is None else u.masks[:3]
         heads = self._heads(normed(z) if self.pre_norm else z, u)
         mixed = attention(*heads, u.context)
         branch = functional.linear(mixed.flatten(2), u.weights.out, self.out.bias)
         s = normed(z, branch, masks[0])
 
-        inner = functional.linear(s, u.weights.up, self.up.bias)
-        inner = (inner if masks[1] is None else inner.mul_(masks[1])).relu_()  # the mask is not negative
+        # Cast here under autocast, where the kernel asks for one dtype.
+        inner = feedforward(s.to(u.weights.up.dtype), u.weights.up, self.up.bias, masks[1])
         branch = functional.linear(inner, u.weights.down, self.down.bias)
         if not self.pre_norm:
             return normed(s, branch, masks[2], out=out), heads, inner
@@ -380,10 +384,9 @@ class Pullback:
     def _one(self, vector: Tensor) -> Tensor:
         weights, masks = self.u.weights, self.u.masks
         at_s = vector if self.last is None else norm_vjp(vector, *self.last)
-        of_branch = at_s if masks is None else at_s * masks.output
-        of_inner = _times(of_branch, weights.down)
-        of_inner = of_inner if masks is None else of_inner * masks.inner
-        at_s = at_s + _times(torch.where(self.inner > 0, of_inner, 0), weights.up).to(at_s.dtype)
+        of_branch = at_s if masks is None else at_s * masks.pulled
+        of_inner = feedforward_vjp(of_branch, weights.down, self.inner)
+        at_s = at_s + _times(of_inner, weights.up).to(at_s.dtype)
 
         at_z = norm_vjp(at_s, *self.middle)
         of_branch = at_z if masks is None else at_z * masks.attention

@@ -6,7 +6,6 @@ know what to make of them.
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from ..reference.activations import ACTIVATIONS, Activation
 from ..reference.record import Record, accumulate_dtype
 from .jacobian import probe, squared_norm_fwd
 from .launch import kernels_serve, launch, next_power_of_2, precision
+from .products import tiles
 
 MOST_NORM = 512
 """The widest LayerNorm that one program's rows can hold."""
@@ -142,7 +142,7 @@ def mlp_fwd(
     width = weight.shape[0]
     value = z.new_empty(*z.shape[:-1], width) if out is None else out
     weight = weight.contiguous()
-    grid, constants = _tiles(batch, width, z.dtype, whole=norm is not None)
+    grid, constants = tiles(batch, width, depth, z.dtype, whole=norm is not None)
     launch(
         _kernels().mlp_kernel,
         grid,
@@ -174,7 +174,7 @@ def mlp_vjp_fwd(
     rows, slopes = _rows(vector), _rows(slope)
     depth, width = weight.shape
     product = vector.new_empty(*vector.shape[:-1], width) if out is None else out
-    grid, constants = _tiles(len(rows), width, vector.dtype)
+    grid, constants = tiles(len(rows), width, depth, vector.dtype)
     launch(
         _kernels().mlp_vjp_kernel,
         grid,
@@ -456,7 +456,7 @@ def mlp_probe_fwd(
     """`ε_m ⊙ act′(a)` `[M, B, N]` and `act″(a)` `[B, N]` by the kernel."""
     (batch, depth), width = z.shape, len(weight)
     vectors, curvature = z.new_empty(probes, batch, width), z.new_empty(batch, width)
-    grid, constants = _tiles(batch, width, z.dtype)
+    grid, constants = tiles(batch, width, depth, z.dtype)
     launch(
         _kernels().mlp_probe_kernel,
         grid,
@@ -484,7 +484,7 @@ def mlp_probe_vjp_fwd(
     """`act″(a) ⊙ Σ_m ε_m ⊙ (p̄_m Wᵀ)` `[B, N]` by the kernel, from p̄ `[M, B, K]`."""
     (probes, batch, depth), width = products.shape, len(weight)
     inner = torch.empty_like(curvature)
-    grid, constants = _tiles(batch, width, products.dtype)
+    grid, constants = tiles(batch, width, depth, products.dtype)
     launch(
         _kernels().mlp_probe_vjp_kernel,
         grid,
@@ -534,33 +534,6 @@ def _aliases(z: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tens
 def _rows(tensor: Tensor) -> Tensor:
     """`[..., N]` as contiguous rows `[rows, N]`."""
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
-
-
-def _tiles(
-    rows: int, columns: int, dtype: torch.dtype, whole: bool = False
-) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the launch's constants: what a program computes, `whole` rows for a norm.
-
-    Without a GPU to time them on these are the tiles that fill tensor cores without spilling; few rows get
-    small tiles, so that there are programs enough.
-    """
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    if whole:
-        block_b, block_n = 16, max(16, next_power_of_2(columns))
-    else:
-        block_b = min(max(16, next_power_of_2(rows)), 128 if narrow else 64)
-        block_n = min(max(16, next_power_of_2(columns)), 128 if narrow else 64)
-        if rows * columns < 132 * block_b * block_n:  # fewer programs than a large GPU has multiprocessors
-            block_b, block_n = min(block_b, 32), min(block_n, 64)
-    grid = (-(-rows // block_b) * -(-columns // block_n),)
-    constants = {
-        "BLOCK_B": block_b,
-        "BLOCK_N": block_n,
-        "BLOCK_K": 16 if whole or dtype == torch.float64 else 64 if narrow else 32,
-        "GROUP": 8,
-        "num_warps": 8 if block_b * block_n >= 8192 else 4,
-    }
-    return grid, {**constants, **precision(dtype)}
 
 
 def _kernels() -> ModuleType:

@@ -21,6 +21,7 @@ import torch
 from ..checks import parse_count
 from .attention import check_attention
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
+from .feedforward import check_feedforward
 from .groupnorm import check_fusion, check_groupnorm
 from .jacobian import check_probe, check_squared_norm
 from .mlp import check_mlp, check_mlp_probe, check_mlp_solve
@@ -35,6 +36,7 @@ __all__ = [
     "check_anderson",
     "check_attention",
     "check_broyden",
+    "check_feedforward",
     "check_fusion",
     "check_groupnorm",
     "check_mlp",
@@ -54,6 +56,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "mlp_probe": check_mlp_probe,
     "mlp_solve": check_mlp_solve,
     "attention": check_attention,
+    "feedforward": check_feedforward,
     "norm": check_norm,
     "groupnorm": check_groupnorm,
     "fusion": check_fusion,

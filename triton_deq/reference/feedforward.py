@@ -1,0 +1,29 @@
+"""A Transformer's feed-forward in PyTorch: its wide hidden layer, and the gradient that comes back to it.
+
+`h = relu(m ⊙ (s Wᵀ + b))` with a dropout mask m ≥ 0. All is differentiable by ordinary operators.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def feedforward(s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+    """h `[..., N]` from s `[..., K]`, weight `[N, K]`, bias `[N]` and m, which broadcasts to h."""
+    inner = functional.linear(s, weight, bias)
+    return (inner if mask is None else inner.mul_(mask)).relu_()  # the mask is not negative
+
+
+def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor) -> Tensor:
+    """`v V` where h > 0, else 0 `[..., N]`: the gradient of `⟨v, h Vᵀ⟩` in what h is the relu of.
+
+    vector v: `[..., K]`. matrix V: `[K, N]`. inner h: `[..., N]`, as `feedforward` gives it.
+
+    In V's dtype: a forward under autocast has a backward that is not.
+    """
+    return gated(vector.to(matrix.dtype) @ matrix, inner)
+
+
+def gated(vector: Tensor, inner: Tensor) -> Tensor:
+    """v where h > 0, else 0, in one pass: relu's own backward."""
+    return torch.ops.aten.threshold_backward(vector, inner, 0)

@@ -1,9 +1,12 @@
 """Transformer-XL's relative attention: the value, and the gradients of everything that it reads.
 
 The formulas stand in triton_deq/reference/attention.py. Scores exist in tiles of some queries by some keys
-and nowhere else. The relative shift happens on such a tile: its queries and keys are at no more than
-BLOCK_T + BLOCK_K − 1 different distances, so the products with a window of that many rows of r are made, and
-each entry takes the one of its own distance (`shift`); a gradient goes the other way (`unshift`).
+and nowhere else, BLOCK queries by BLOCK keys. The relative shift happens on such a tile. Its entry (a, c) is
+at the distance `base + a − c`, whose row of r is in one of two blocks: the near one, that ends before `base`,
+or the far one, that begins there. Take the products with the near one where w > a and with the far one
+elsewhere: then entry (a, w) is what (a, (a − w) mod BLOCK) needs. So each row is read backwards and turned by
+its number (`turned`), which is its own inverse: gradients go the same way. At the next block of keys what was
+near is far.
 
 What all kernels take:
     q, k, v, memory_keys, memory_values, vector: `[B, ·, H, d]`, the last dimension without gaps, with layouts
@@ -77,31 +80,19 @@ def both_at(memory_ptr, memory_layout, ptr, layout, sample, head, M, HEAD: tl.co
 
 
 @triton.jit
-def load_keys(both, rows, limit, M, HEAD: tl.constexpr, MEMORY: tl.constexpr):
-    """Of a head's M rows in memory and the current ones after them, all of one kind; those before `limit`."""
+def load_keys(both, start, lanes, T, M, HEAD: tl.constexpr, MEMORY: tl.constexpr):
+    """A block of a head's M rows in memory and the T current ones after them; all of one kind.
+
+    start: its first row; a whole number of blocks lies between it and M.
+    """
     if MEMORY:
-        if limit <= M:
-            keys = load_rows(both[0], both[1], rows, limit, HEAD)
+        if start < M:
+            keys = load_rows(both[0], both[1], start + lanes, M, HEAD)
         else:
-            keys = load_rows(both[2], both[3], rows, limit, HEAD)
+            keys = load_rows(both[2], both[3], start + lanes, M + T, HEAD)
         return keys
     else:
-        return load_rows(both[2], both[3], rows, limit, HEAD)
-
-
-@triton.jit
-def load_mixed(both, rows, T, M, HEAD: tl.constexpr, MEMORY: tl.constexpr):
-    """Of a head's M rows in memory and the T current ones after them, from both."""
-    current = load_rows(both[2], both[3], tl.maximum(rows, M), M + T, HEAD)
-    if MEMORY:
-        remembered = load_rows(both[0], both[1], rows, M, HEAD)
-        if len(current) == 2:
-            main = tl.where((rows < M)[:, None], remembered[0], current[0])
-            return (main, tl.where((rows < M)[:, None], remembered[1], current[1]))
-        else:
-            return (tl.where((rows < M)[:, None], remembered[0], current[0]),)
-    else:
-        return current
+        return load_rows(both[2], both[3], start + lanes, M + T, HEAD)
 
 
 @triton.jit
@@ -198,31 +189,48 @@ def row_sums(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
-def shift(products, columns, first):
-    """Entry (i, n) is that of (i, columns[i, n] − first): `[BLOCK_T, W] -> [BLOCK_T, BLOCK]`.
-
-    Columns of products are distances from `first`, those of the outcome keys; or the other way round.
-    """
-    # Never below `first`, but the compiler does not know, and so it keeps no table of the differences.
-    return tl.gather(products, tl.maximum(columns, first) - first, 1)
+def turned(tile):
+    """Entry (a, c) is that of (a, (a − c) mod BLOCK): each row backwards, turned by its number."""
+    a, c = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
+    return tl.gather(tile, (a[:, None] - c[None, :]) & (tile.shape[1] - 1), 1)
 
 
 @triton.jit
-def unshift(tile, columns, first):
-    """The transpose of `shift` as a map: `[BLOCK_T, BLOCK] -> [BLOCK_T, W]`, zero where nothing came from.
-
-    columns: of the outcome's entries, what their column in `tile` stands for, which begins at `first`.
-    """
-    n = columns - first
-    there = (n >= 0) & (n < tile.shape[1])
-    return tl.where(there, tl.gather(tile, tl.where(there, n, 0), 1), 0)
+def nearer(BLOCK: tl.constexpr):
+    """Where the entry (a, w) of a tile to be turned comes from the near block: w > a."""
+    lanes = tl.arange(0, BLOCK)
+    return lanes[None, :] > lanes[:, None]
 
 
 @triton.jit
-def masked(products, i, j, distance, T, limit, window, SCALE: tl.constexpr):
-    """S of a tile from its products: −∞ where query i does not see key j, or there is none below `limit`."""
-    seen = (distance >= 0) & (distance < window) & (i < T) & (j >= 0) & (j < limit)
-    return tl.where(seen, products * SCALE, float("-inf"))
+def shifted(rows, near, far, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr):
+    """A tile of products from those with both blocks of what it is shifted along.
+
+    The next tile needs those with one of the two again. To make them anew takes fewer registers than to keep
+    them, and no more instructions.
+    """
+    products = inner(rows, near, TF32, OPERAND, WIDE)
+    others = inner(rows, far, TF32, OPERAND, WIDE)
+    return turned(tl.where(nearer(products.shape[0]), products, others))
+
+
+@triton.jit
+def reach(i, T, M, window):
+    """How many distances query i sees: the window, as far as there are keys; none behind the last query."""
+    return tl.where(i < T, tl.minimum(window, i + M + 1), 0)
+
+
+@triton.jit
+def masked(products, distance, reach):
+    """The products where a query sees the key, elsewhere −∞."""
+    seen = distance.to(tl.uint32) < reach.to(tl.uint32)[:, None]  # and so not negative
+    return tl.where(seen, products, float("-inf"))
+
+
+@triton.jit
+def powers(products, level, SCALE: tl.constexpr):
+    """`exp(SCALE products − level)`, of base 2 because that is what the hardware has."""
+    return tl.exp2(products * (SCALE * 1.4426950408889634) - (level * 1.4426950408889634)[:, None])
 
 
 @triton.jit
@@ -240,27 +248,20 @@ def kept(seed_ptr, line, i, j, T, R, DROPOUT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def seen_blocks(first, T, M, window, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The range of blocks of keys of which queries `first`, ... see some; those in memory come first."""
-    j = tl.maximum(first + M - window + 1, 0)
-    blocks = tl.cdiv(M, BLOCK_K)
-    begin = tl.where(j < M, j // BLOCK_K, blocks + (j - M) // BLOCK_K)
-    return begin, blocks + tl.cdiv(tl.minimum(first + BLOCK_T, T), BLOCK_K)
+def seen_keys(first, T, M, window, BLOCK: tl.constexpr):
+    """The range of keys of which queries `first`, ... see some, from the start of a block.
+
+    A block ends at M, so that each is in memory or is not; the first one may begin before key 0.
+    """
+    before = tl.cdiv(M, BLOCK) * BLOCK - M
+    begin = (tl.maximum(first + M - window + 1, 0) + before) // BLOCK * BLOCK - before
+    return begin, M + tl.minimum(first + BLOCK, T)
 
 
 @triton.jit
-def keys_of(block, T, M, BLOCK_K: tl.constexpr):
-    """A block's first key and the end of its kind: of those in memory, M of them, or of the others."""
-    blocks = tl.cdiv(M, BLOCK_K)
-    start = block * BLOCK_K
-    return tl.where(block < blocks, start, start - blocks * BLOCK_K + M), tl.where(block < blocks, M, M + T)
-
-
-@triton.jit
-def seeing_queries(first, T, M, window, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+def seeing_queries(first, T, M, window, BLOCK: tl.constexpr):
     """The range of queries that see some of the keys `first`, ..., from the start of a block."""
-    begin = tl.maximum(first - M, 0) // BLOCK_T * BLOCK_T
-    return begin, tl.minimum(first + BLOCK_K + window - 1 - M, T)
+    return tl.maximum(first - M, 0) // BLOCK * BLOCK, tl.minimum(first + BLOCK + window - 1 - M, T)
 
 
 @triton.jit
@@ -285,13 +286,15 @@ def second_slopes(weights, mask, of_weights, delta, tangent, of_tangents, mean, 
 
 @triton.jit
 def tangent_scores(
-    a, content, keys, b, r, i, j, nearest, M,
+    a, content, keys, b, near, far, current,
     SCALE: tl.constexpr, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Ṡ of queries i and keys j, the derivative of S along a in q and b in k, which is zero in memory."""
-    products = shift(inner(a, r, TF32, OPERAND, WIDE), i[:, None] + M - j[None, :], nearest)
-    products += inner(a, keys, TF32, OPERAND, WIDE)
-    return SCALE * (products + tl.where((j >= M)[None, :], inner(content, b, TF32, OPERAND, WIDE), 0))
+    """Ṡ of a tile, the derivative of S along a in q and b in k. near, far: rows of r.
+
+    current: whether the keys are, and not in memory, where b is zero.
+    """
+    tangent = shifted(a, near, far, TF32, OPERAND, WIDE) + inner(a, keys, TF32, OPERAND, WIDE)
+    return SCALE * (tangent + tl.where(current, inner(content, b, TF32, OPERAND, WIDE), 0))
 
 
 @triton.jit
@@ -335,43 +338,41 @@ def attention_kernel(
     TF32: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """o and the sums of a block of queries of one head, by one pass over the keys (softmax on the way)."""
-    WINDOW: tl.constexpr = 2 * max(BLOCK_T, BLOCK_K)
-    first, sample, head, line = block_of(T, H, BLOCK_T)
-    lanes, key_lanes, window_lanes = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, WINDOW)
+    first, sample, head, line = block_of(T, H, BLOCK)
+    lanes = tl.arange(0, BLOCK)
     i = first + lanes
     q = load_rows(at_head(q_ptr, q_layout, sample, head, HEAD), q_layout[2], i, T, HEAD)
     content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
     position = biased(q, position_bias_ptr, head, HEAD, OPERAND, WIDE)
     positions_ptr = at_head(positions_ptr, position_layout, sample, head, HEAD)
 
-    highest = tl.full([BLOCK_T], float("-inf"), dtype=WIDE)
-    total = tl.zeros([BLOCK_T], dtype=WIDE)
-    value = zero_rows(BLOCK_T, HEAD, WIDE)
+    highest = tl.full([BLOCK], float("-inf"), dtype=WIDE)
+    total = tl.zeros([BLOCK], dtype=WIDE)
+    value = zero_rows(BLOCK, HEAD, WIDE)
     key_source = both_at(memory_keys_ptr, memory_key_layout, k_ptr, k_layout, sample, head, M, HEAD)
     value_source = both_at(memory_values_ptr, memory_value_layout, v_ptr, v_layout, sample, head, M, HEAD)
-    begin, end = seen_blocks(first, T, M, window, BLOCK_T, BLOCK_K)
-    for block in range(begin, end):
-        start, limit = keys_of(block, T, M, BLOCK_K)
-        j = start + key_lanes
-        nearest = first + M - start - (BLOCK_K - 1)
-        r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        distance = i[:, None] + M - j[None, :]
-        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
-        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
+    reached = reach(i, T, M, window)
+    begin, end = seen_keys(first, T, M, window, BLOCK)
+    for start in range(begin, end, BLOCK):
+        base = first + M - start
+        near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
+        far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
+        products = shifted(position, near, far, TF32, OPERAND, WIDE)
+        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY)
         products += inner(content, keys, TF32, OPERAND, WIDE)
-        score = masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
-        raised = tl.maximum(highest, tl.max(score, axis=1))
+        products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
+        raised = tl.maximum(highest, SCALE * tl.max(products, axis=1))
         level = tl.where(raised == float("-inf"), 0, raised)  # nothing seen yet
-        weights = tl.exp(score - level[:, None])
-        faded = tl.exp(highest - level)
+        weights = powers(products, level, SCALE)
+        faded = tl.exp2((highest - level) * 1.4426950408889634)
         total = total * faded + tl.sum(weights, axis=1)
         if DROPOUT > 0:
+            j = start + lanes
             weights *= kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
-        values = load_keys(value_source, j, limit, M, HEAD, MEMORY)
+        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY)
         value = mixed(weights, values, scaled(value, faded[:, None]), TF32, OPERAND, WIDE)
         highest = raised
 
@@ -411,6 +412,7 @@ def attention_query_vjp_kernel(
     memory_key_layout,
     memory_value_layout,
     position_layout,
+    gradient_stride,
     B,
     H,
     T,
@@ -425,19 +427,18 @@ def attention_query_vjp_kernel(
     TF32: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The gradient of `⟨vector, o⟩` in a block of queries of one head, and `Δ_i = vector_i·o_i` of each.
 
     With SECOND: the gradient of the derivative of o along (a, b, c) in (q, k, v), times vector.
 
-    delta: [B, H, T]    gradient: [B, T, H, d]    a, b, c, mean, balance: as in `attention_jvp_kernel`
+    delta: [B, H, T]    gradient: [B, T, H, d], its rows gradient_stride entries apart
+    a, b, c, mean, balance: as in `attention_jvp_kernel`
     bias_gradients: [2, B, blocks, H, d], with BIASES: the parts of those in b_c and b_p from this block
     """
-    WINDOW: tl.constexpr = 2 * max(BLOCK_T, BLOCK_K)
-    first, sample, head, line = block_of(T, H, BLOCK_T)
-    lanes, key_lanes, window_lanes = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, WINDOW)
+    first, sample, head, line = block_of(T, H, BLOCK)
+    lanes = tl.arange(0, BLOCK)
     i = first + lanes
     q = load_rows(at_head(q_ptr, q_layout, sample, head, HEAD), q_layout[2], i, T, HEAD)
     content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
@@ -455,52 +456,54 @@ def attention_query_vjp_kernel(
         mean = tl.load(mean_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
         balance = tl.load(balance_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
 
-    by_content = zero_rows(BLOCK_T, HEAD, WIDE)
-    by_position = zero_rows(BLOCK_T, HEAD, WIDE)
+    by_content = zero_rows(BLOCK, HEAD, WIDE)
+    by_position = zero_rows(BLOCK, HEAD, WIDE)
     key_source = both_at(memory_keys_ptr, memory_key_layout, k_ptr, k_layout, sample, head, M, HEAD)
     value_source = both_at(memory_values_ptr, memory_value_layout, v_ptr, v_layout, sample, head, M, HEAD)
-    begin, end = seen_blocks(first, T, M, window, BLOCK_T, BLOCK_K)
-    for block in range(begin, end):
-        start, limit = keys_of(block, T, M, BLOCK_K)
-        j = start + key_lanes
-        nearest = first + M - start - (BLOCK_K - 1)
-        r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        distance = i[:, None] + M - j[None, :]
-        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
-        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
+    reached = reach(i, T, M, window)
+    begin, end = seen_keys(first, T, M, window, BLOCK)
+    for start in range(begin, end, BLOCK):
+        base = first + M - start
+        near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
+        far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
+        products = shifted(position, near, far, TF32, OPERAND, WIDE)
+        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY)
         products += inner(content, keys, TF32, OPERAND, WIDE)
-        score = masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
-        values = load_keys(value_source, j, limit, M, HEAD, MEMORY)
+        products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
+        weights = powers(products, sums, SCALE)
+        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY)
         of_weights = inner(vector, values, TF32, OPERAND, WIDE)
-        weights = tl.exp(score - sums[:, None])
+        j = start + lanes
         mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
         slopes = first_slopes(weights, mask, of_weights, delta)
         if SECOND:
             b = load_rows(b_ptr + offset, H * HEAD[2], j - M, T, HEAD)
             c = load_rows(c_ptr + offset, H * HEAD[2], j - M, T, HEAD)
-            tangent = tangent_scores(a, content, keys, b, r, i, j, nearest, M, SCALE, TF32, OPERAND, WIDE)
-            current = (j >= M)[None, :]
+            current = start >= M
+            tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
             by_content = mixed(tl.where(current, slopes, 0), b, by_content, TF32, OPERAND, WIDE)
             of_tangents = tl.where(current, inner(vector, c, TF32, OPERAND, WIDE), 0)
             slopes = second_slopes(weights, mask, of_weights, delta, tangent, of_tangents, mean, balance)
         by_content = mixed(slopes, keys, by_content, TF32, OPERAND, WIDE)
-        reached = (i[:, None] + M) - (nearest + window_lanes)[None, :]
-        slopes = unshift(slopes.to(OPERAND), reached, start)
+        slopes = turned(slopes.to(OPERAND))
+        of_near, of_far = tl.where(nearer(BLOCK), slopes, 0), tl.where(nearer(BLOCK), 0, slopes)
         if BIASES:
-            by_position = mixed(slopes, r, by_position, TF32, OPERAND, WIDE)
+            by_position = mixed(of_near, near, by_position, TF32, OPERAND, WIDE)
+            by_position = mixed(of_far, far, by_position, TF32, OPERAND, WIDE)
         else:
-            by_content = mixed(slopes, r, by_content, TF32, OPERAND, WIDE)
+            by_content = mixed(of_near, near, by_content, TF32, OPERAND, WIDE)
+            by_content = mixed(of_far, far, by_content, TF32, OPERAND, WIDE)
 
     gradient = scaled(by_content, SCALE)
+    by_position = scaled(by_position, SCALE)
     if BIASES:
-        blocks = tl.cdiv(T, BLOCK_T)
-        part = ((sample.to(tl.int64) * blocks + first // BLOCK_T) * H + head) * HEAD[2]
+        blocks = tl.cdiv(T, BLOCK)
+        part = ((sample.to(tl.int64) * blocks + first // BLOCK) * H + head) * HEAD[2]
         rest = tl.full((), B, tl.int64) * blocks * H * HEAD[2]
         store_sums(bias_gradients_ptr + part, gradient, HEAD)
-        by_position = scaled(by_position, SCALE)
         store_sums(bias_gradients_ptr + rest + part, by_position, HEAD)
-        gradient = add(gradient, by_position)
-    store_rows(gradient_ptr + offset, H * HEAD[2], i, T, gradient, HEAD)
+    gradient_ptr += sample.to(tl.int64) * T * gradient_stride + head * HEAD[2]
+    store_rows(gradient_ptr, aligned(gradient_stride, HEAD), i, T, add(gradient, by_position), HEAD)
 
 
 @triton.jit
@@ -527,6 +530,7 @@ def attention_key_vjp_kernel(
     key_layout,
     value_layout,
     position_layout,
+    gradient_stride,
     H,
     T,
     M,
@@ -540,19 +544,18 @@ def attention_key_vjp_kernel(
     TF32: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The gradients of `⟨vector, o⟩` in a block of keys and values of one head.
 
-    keys, values and both gradients: [B, count, H, d], the current ones with before = M, those in memory with
-    before = 0: how many keys are on the left of them    delta: as `attention_query_vjp_kernel` leaves it
+    keys, values: [B, count, H, d], the current ones with before = M, those in memory with before = 0, which
+        counts the keys on the left of them    both gradients: likewise, rows gradient_stride entries apart
+    delta: as `attention_query_vjp_kernel` leaves it
     SECOND, a, b, c, mean, balance: as there
     """
-    WINDOW: tl.constexpr = 2 * max(BLOCK_T, BLOCK_K)
-    row, sample, head, line = block_of(count, H, BLOCK_K)
-    lanes, key_lanes, window_lanes = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, WINDOW)
-    rows = row + key_lanes
+    row, sample, head, line = block_of(count, H, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    rows = row + lanes
     start, j = row + before, rows + before
     keys_ptr = at_head(keys_ptr, key_layout, sample, head, HEAD)
     values_ptr = at_head(values_ptr, value_layout, sample, head, HEAD)
@@ -571,42 +574,45 @@ def attention_key_vjp_kernel(
         mean_ptr += line.to(tl.int64) * T
         balance_ptr += line.to(tl.int64) * T
 
-    of_keys = zero_rows(BLOCK_K, HEAD, WIDE)
-    of_values = zero_rows(BLOCK_K, HEAD, WIDE)
-    begin, end = seeing_queries(start, T, M, window, BLOCK_T, BLOCK_K)
-    for first in range(begin, end, BLOCK_T):
+    of_keys = zero_rows(BLOCK, HEAD, WIDE)
+    of_values = zero_rows(BLOCK, HEAD, WIDE)
+    begin, end = seeing_queries(start, T, M, window, BLOCK)
+    for first in range(begin, end, BLOCK):
         i = first + lanes
         q = load_rows(q_ptr, q_layout[2], i, T, HEAD)
         content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
         position = biased(q, position_bias_ptr, head, HEAD, OPERAND, WIDE)
-        nearest = first + M - start - (BLOCK_K - 1)
-        r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        distance = i[:, None] + M - j[None, :]
-        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
+        base = first + M - start
+        near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
+        far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
+        products = shifted(position, near, far, TF32, OPERAND, WIDE)
         products += inner(content, keys, TF32, OPERAND, WIDE)
-        score = masked(products, i[:, None], j[None, :], distance, T, before + count, window, SCALE)
+        reached = reach(i, T, M, window)
+        products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
+        sums = tl.load(sums_ptr + i, mask=i < T, other=0)
+        weights = powers(products, sums, SCALE)
         vector = load_rows(vector_ptr, vector_layout[2], i, T, HEAD)
         of_weights = inner(vector, values, TF32, OPERAND, WIDE)
-        sums = tl.load(sums_ptr + i, mask=i < T, other=0)
         delta = tl.load(delta_ptr + i, mask=i < T, other=0)
-        weights = tl.exp(score - sums[:, None])
         mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
         slopes = first_slopes(weights, mask, of_weights, delta)
         if SECOND:
             a = load_rows(a_ptr, H * HEAD[2], i, T, HEAD)
             mean = tl.load(mean_ptr + i, mask=i < T, other=0)
             balance = tl.load(balance_ptr + i, mask=i < T, other=0)
-            tangent = tangent_scores(a, content, keys, b, r, i, j, nearest, M, SCALE, TF32, OPERAND, WIDE)
+            current = start >= M
+            tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
             of_keys = mixed(tl.trans(slopes.to(OPERAND)), a, of_keys, TF32, OPERAND, WIDE)
-            of_tangents = tl.where((j >= M)[None, :], inner(vector, c, TF32, OPERAND, WIDE), 0)
+            of_tangents = tl.where(current, inner(vector, c, TF32, OPERAND, WIDE), 0)
             slopes = second_slopes(weights, mask, of_weights, delta, tangent, of_tangents, mean, balance)
             weights *= tangent - mean[:, None]
         of_values = mixed(tl.trans((weights * mask).to(OPERAND)), vector, of_values, TF32, OPERAND, WIDE)
         of_keys = mixed(tl.trans(slopes.to(OPERAND)), content, of_keys, TF32, OPERAND, WIDE)
 
-    offset = (sample.to(tl.int64) * count * H + head) * HEAD[2]
-    store_rows(key_gradient_ptr + offset, H * HEAD[2], rows, count, scaled(of_keys, SCALE), HEAD)
-    store_rows(value_gradient_ptr + offset, H * HEAD[2], rows, count, of_values, HEAD)
+    offset = sample.to(tl.int64) * count * gradient_stride + head * HEAD[2]
+    stride = aligned(gradient_stride, HEAD)
+    store_rows(key_gradient_ptr + offset, stride, rows, count, scaled(of_keys, SCALE), HEAD)
+    store_rows(value_gradient_ptr + offset, stride, rows, count, of_values, HEAD)
 
 
 @triton.jit
@@ -650,8 +656,7 @@ def attention_position_vjp_kernel(
     TF32: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The gradient of `⟨vector, o⟩` in a block of positions of one head, from every parts-th sample.
 
@@ -660,15 +665,14 @@ def attention_position_vjp_kernel(
     gradients: [parts, M + T, H, d], to be added up    delta: as `attention_query_vjp_kernel` leaves it
     SECOND, a, b, c, mean, balance: as there
     """
-    WINDOW: tl.constexpr = 2 * max(BLOCK_T, BLOCK_N)
-    closest, part, head, line = block_of(M + T, H, BLOCK_N)
-    lanes, distance_lanes, window_lanes = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, WINDOW)
-    distance = closest + distance_lanes
+    closest, part, head, line = block_of(M + T, H, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    distance = closest + lanes
     positions_ptr = at_head(positions_ptr, position_layout, part, head, HEAD)
     r = load_rows(positions_ptr, position_layout[2], distance, M + T, HEAD)
 
-    total = zero_rows(BLOCK_N, HEAD, WIDE)
-    begin = tl.maximum(closest - M, 0) // BLOCK_T * BLOCK_T  # those before have no key so far away
+    total = zero_rows(BLOCK, HEAD, WIDE)
+    begin = tl.maximum(closest - M, 0) // BLOCK * BLOCK  # those before have no key so far away
     end = tl.where(closest < window, T, 0)
     for sample_number in range(part, B, parts):
         sample = tl.full((), sample_number, tl.int32)
@@ -677,40 +681,44 @@ def attention_position_vjp_kernel(
         vector_head = at_head(vector_ptr, vector_layout, sample, head, HEAD)
         key_source = both_at(memory_keys_ptr, memory_key_layout, k_ptr, k_layout, sample, head, M, HEAD)
         value_source = both_at(memory_values_ptr, memory_value_layout, v_ptr, v_layout, sample, head, M, HEAD)
-        for first in range(begin, end, BLOCK_T):
+        for first in range(begin, end, BLOCK):
             i = first + lanes
             q = load_rows(at_head(q_ptr, q_layout, sample, head, HEAD), q_layout[2], i, T, HEAD)
             content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
             position = biased(q, position_bias_ptr, head, HEAD, OPERAND, WIDE)
-            leftmost = first + M - closest - (BLOCK_N - 1)
-            keys = load_mixed(key_source, leftmost + window_lanes, T, M, HEAD, MEMORY)
-            j = i[:, None] + M - distance[None, :]
-            products = shift(inner(content, keys, TF32, OPERAND, WIDE), j, leftmost)
+            base = first + M - closest  # of keys: near ones end here, on the left, far ones begin
+            near_keys = load_keys(key_source, base - BLOCK, lanes, T, M, HEAD, MEMORY)
+            far_keys = load_keys(key_source, base, lanes, T, M, HEAD, MEMORY)
+            products = shifted(content, near_keys, far_keys, TF32, OPERAND, WIDE)
             products += inner(position, r, TF32, OPERAND, WIDE)
-            score = masked(products, i[:, None], j, distance[None, :], T, M + T, window, SCALE)
-            vector = load_rows(vector_head, vector_layout[2], i, T, HEAD)
-            values = load_mixed(value_source, leftmost + window_lanes, T, M, HEAD, MEMORY)
-            of_weights = shift(inner(vector, values, TF32, OPERAND, WIDE), j, leftmost)
+            products = masked(products, distance[None, :], reach(i, T, M, window))
             sums = tl.load(sums_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
+            weights = powers(products, sums, SCALE)
+            vector = load_rows(vector_head, vector_layout[2], i, T, HEAD)
+            near_values = load_keys(value_source, base - BLOCK, lanes, T, M, HEAD, MEMORY)
+            far_values = load_keys(value_source, base, lanes, T, M, HEAD, MEMORY)
+            of_weights = shifted(vector, near_values, far_values, TF32, OPERAND, WIDE)
             delta = tl.load(delta_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
-            weights = tl.exp(score - sums[:, None])
+            j = i[:, None] + M - distance[None, :]
             mask = kept(seed_ptr, line, i[:, None], j, T, M + T, DROPOUT, WIDE)
             slopes = first_slopes(weights, mask, of_weights, delta)
             if SECOND:
                 a = load_rows(a_ptr + offset, H * HEAD[2], i, T, HEAD)
-                b = load_rows(b_ptr + offset, H * HEAD[2], leftmost + window_lanes - M, T, HEAD)
-                c = load_rows(c_ptr + offset, H * HEAD[2], leftmost + window_lanes - M, T, HEAD)
                 mean = tl.load(mean_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
                 balance = tl.load(balance_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
-                tangent = inner(a, r, TF32, OPERAND, WIDE)
-                tangent += shift(inner(a, keys, TF32, OPERAND, WIDE), j, leftmost)
-                of_b = shift(inner(content, b, TF32, OPERAND, WIDE), j, leftmost)
-                of_c = shift(inner(vector, c, TF32, OPERAND, WIDE), j, leftmost)
-                tangent = SCALE * (tangent + tl.where(j >= M, of_b, 0))
-                total = mixed(tl.trans(slopes.to(OPERAND)), a, total, TF32, OPERAND, WIDE)
-                slopes = second_slopes(
-                    weights, mask, of_weights, delta, tangent, tl.where(j >= M, of_c, 0), mean, balance
+                near_place, far_place = base - BLOCK - M + lanes, base - M + lanes
+                near_b = load_rows(b_ptr + offset, H * HEAD[2], near_place, T, HEAD)
+                far_b = load_rows(b_ptr + offset, H * HEAD[2], far_place, T, HEAD)
+                of_b = shifted(content, near_b, far_b, TF32, OPERAND, WIDE)
+                tangent = shifted(a, near_keys, far_keys, TF32, OPERAND, WIDE) + inner(
+                    a, r, TF32, OPERAND, WIDE
                 )
+                tangent = SCALE * (tangent + tl.where(j >= M, of_b, 0))
+                near_c = load_rows(c_ptr + offset, H * HEAD[2], near_place, T, HEAD)
+                far_c = load_rows(c_ptr + offset, H * HEAD[2], far_place, T, HEAD)
+                of_c = tl.where(j >= M, shifted(vector, near_c, far_c, TF32, OPERAND, WIDE), 0)
+                total = mixed(tl.trans(slopes.to(OPERAND)), a, total, TF32, OPERAND, WIDE)
+                slopes = second_slopes(weights, mask, of_weights, delta, tangent, of_c, mean, balance)
             total = mixed(tl.trans(slopes.to(OPERAND)), position, total, TF32, OPERAND, WIDE)
 
     gradients_ptr += (part.to(tl.int64) * (M + T) * H + head) * HEAD[2]
@@ -755,8 +763,7 @@ def attention_jvp_kernel(
     TF32: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The derivative ȯ of o along (a, b, c) in (q, k, v), and two sums that gradients of `⟨vector, ȯ⟩` need.
 
@@ -764,9 +771,8 @@ def attention_jvp_kernel(
 
     a, b, c, derivative: [B, T, H, d]    mean m, balance Y = vector·ȯ − m vector·o: [B, H, T]
     """
-    WINDOW: tl.constexpr = 2 * max(BLOCK_T, BLOCK_K)
-    first, sample, head, line = block_of(T, H, BLOCK_T)
-    lanes, key_lanes, window_lanes = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, WINDOW)
+    first, sample, head, line = block_of(T, H, BLOCK)
+    lanes = tl.arange(0, BLOCK)
     i = first + lanes
     q = load_rows(at_head(q_ptr, q_layout, sample, head, HEAD), q_layout[2], i, T, HEAD)
     content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
@@ -776,31 +782,32 @@ def attention_jvp_kernel(
     a = load_rows(a_ptr + offset, H * HEAD[2], i, T, HEAD)
     sums = tl.load(sums_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
 
-    mean = tl.zeros([BLOCK_T], dtype=WIDE)
-    derivative = zero_rows(BLOCK_T, HEAD, WIDE)
+    mean = tl.zeros([BLOCK], dtype=WIDE)
+    derivative = zero_rows(BLOCK, HEAD, WIDE)
     key_source = both_at(memory_keys_ptr, memory_key_layout, k_ptr, k_layout, sample, head, M, HEAD)
     value_source = both_at(memory_values_ptr, memory_value_layout, v_ptr, v_layout, sample, head, M, HEAD)
-    begin, end = seen_blocks(first, T, M, window, BLOCK_T, BLOCK_K)
-    for block in range(begin, end):
-        start, limit = keys_of(block, T, M, BLOCK_K)
-        j = start + key_lanes
-        nearest = first + M - start - (BLOCK_K - 1)
-        r = load_rows(positions_ptr, position_layout[2], nearest + window_lanes, M + T, HEAD)
-        distance = i[:, None] + M - j[None, :]
-        products = shift(inner(position, r, TF32, OPERAND, WIDE), distance, nearest)
-        keys = load_keys(key_source, j, limit, M, HEAD, MEMORY)
+    reached = reach(i, T, M, window)
+    begin, end = seen_keys(first, T, M, window, BLOCK)
+    for start in range(begin, end, BLOCK):
+        base = first + M - start
+        near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
+        far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
+        products = shifted(position, near, far, TF32, OPERAND, WIDE)
+        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY)
         products += inner(content, keys, TF32, OPERAND, WIDE)
-        score = masked(products, i[:, None], j[None, :], distance, T, limit, window, SCALE)
-        weights = tl.exp(score - sums[:, None])
+        products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
+        weights = powers(products, sums, SCALE)
+        j = start + lanes
         mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
         b = load_rows(b_ptr + offset, H * HEAD[2], j - M, T, HEAD)
-        tangent = tangent_scores(a, content, keys, b, r, i, j, nearest, M, SCALE, TF32, OPERAND, WIDE)
+        current = start >= M
+        tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
         moved = weights * tangent
         mean += tl.sum(moved, axis=1)
-        values = load_keys(value_source, j, limit, M, HEAD, MEMORY)
+        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY)
         derivative = mixed(moved * mask, values, derivative, TF32, OPERAND, WIDE)
         c = load_rows(c_ptr + offset, H * HEAD[2], j - M, T, HEAD)
-        weights = tl.where((j >= M)[None, :], weights * mask, 0)
+        weights = tl.where(current, weights * mask, 0)
         derivative = mixed(weights, c, derivative, TF32, OPERAND, WIDE)
 
     value = load_rows(out_ptr + offset, H * HEAD[2], i, T, HEAD)

@@ -289,7 +289,9 @@ def call_attention(entry: Entry, device: str) -> None:
     kept = [torch.zeros(batch, memory, heads, depth, **draw) if memory else None for _ in range(2)]
     positions, bias = torch.zeros(memory + queries, heads, depth, **draw), torch.zeros(heads, depth, **draw)
     seed = torch.zeros(1, dtype=torch.int64, device=device) if values["DROPOUT"] else None
-    context = attention.Context(positions, bias, bias, *kept, values["window"], values["DROPOUT"], seed)
+    context = attention.Context(
+        positions, bias, bias, *kept, values["window"], values["DROPOUT"], seed, scale=values["SCALE"]
+    )
     sums = torch.zeros(
         batch, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32), device=device
     )
@@ -301,9 +303,9 @@ def call_attention(entry: Entry, device: str) -> None:
     if kernel == "attention":
         attention.attention_fwd(q, k, v, context)
     elif kernel == "attention_query_vjp":
-        attention.query_gradient(given, evaluated, values["BIASES"], tangents)
+        attention.query_gradient(given, evaluated, q, values["BIASES"], tangents)
     elif kernel == "attention_key_vjp":
-        attention.key_gradients(given, evaluated, sums, memory=False, tangents=tangents)
+        attention.key_gradients(given, evaluated, sums, (k, v), memory=False, tangents=tangents)
     elif kernel == "attention_position_vjp":
         attention.position_gradient(given, evaluated, sums, tangents)
     else:

@@ -520,12 +520,12 @@ def _contraction(randn, width: int) -> Any:
 HEADS, DEPTH = 10, 70
 
 
-def _attention_tensors(randn, batch: int, queries: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+def _attention_tensors(randn, batch: int, queries: int, depth: int) -> tuple[Tensor, Tensor, Tensor, Any]:
     from triton_deq.ops.attention import Context
 
-    q, k, v = randn(batch, queries, 3, HEADS, DEPTH).unbind(2)
-    positions, biases = randn(2 * queries, HEADS, DEPTH), (randn(HEADS, DEPTH), randn(HEADS, DEPTH))
-    memory = randn(batch, queries, HEADS, DEPTH), randn(batch, queries, HEADS, DEPTH)
+    q, k, v = randn(batch, queries, 3, HEADS, depth).unbind(2)
+    positions, biases = randn(2 * queries, HEADS, depth), (randn(HEADS, depth), randn(HEADS, depth))
+    memory = randn(batch, queries, HEADS, depth), randn(batch, queries, HEADS, depth)
     return q, k, v, Context(positions, *biases, *memory)
 
 
@@ -534,7 +534,8 @@ def _attention(kernel: str, randn, batch: int, queries: int, backend: str) -> Ca
     from triton_deq.ops import attention as op
     from triton_deq.reference.attention import attention as reference
 
-    q, k, v, context = _attention_tensors(randn, batch, queries)
+    spare = op.spare_columns(randn(1), DEPTH, backend)  # as the cell has them
+    q, k, v, context = _attention_tensors(randn, batch, queries, DEPTH + spare)
     if kernel == "attention":
         return lambda: op.attention(q, k, v, context, backend)
     vector = torch.randn_like(q)
@@ -542,10 +543,11 @@ def _attention(kernel: str, randn, batch: int, queries: int, backend: str) -> Ca
         return _backward(kernel, reference, vector, q, k, v, context)
     evaluated = op.attention_fwd(q, k, v, context)
     given = op.Given(q, k, v, context, vector)
-    _, delta, _ = op.query_gradient(given, evaluated, biases=False)
+    of_q, of_k, of_v = torch.stack((q, k, v), dim=2).unbind(2)
+    delta, _ = op.query_gradient(given, evaluated, of_q, biases=False)
     calls: dict[str, Call] = {
-        "attention_query_vjp": lambda: op.query_gradient(given, evaluated, biases=False),
-        "attention_key_vjp": lambda: op.key_gradients(given, evaluated, delta, memory=False),
+        "attention_query_vjp": lambda: op.query_gradient(given, evaluated, of_q, biases=False),
+        "attention_key_vjp": lambda: op.key_gradients(given, evaluated, delta, (of_k, of_v), memory=False),
         "attention_position_vjp": lambda: op.position_gradient(given, evaluated, delta),
         "attention_jvp": lambda: op.derivative(given, evaluated, vector, vector, vector)[0],
     }
@@ -554,7 +556,7 @@ def _attention(kernel: str, randn, batch: int, queries: int, backend: str) -> Ca
 
 def _attention_torch(kernel: str, randn, batch: int, queries: int) -> Call:
     """As Transformer-XL's authors wrote it: two matrix products, and a shift by padding."""
-    q, k, v, context = _attention_tensors(randn, batch, queries)
+    q, k, v, context = _attention_tensors(randn, batch, queries, DEPTH)
     if kernel == "attention":
         return lambda: _padded_attention(q, k, v, context)
     return _backward(kernel, _padded_attention, torch.randn_like(q), q, k, v, context)

@@ -121,6 +121,20 @@ def test_memory_keeps_the_newest():
     assert cell.memory(z, u, memory, 0).value.shape[1] == 0
 
 
+@pytest.mark.kernels
+def test_zeros_behind_each_head_for_the_kernels_alone():
+    """Rows of 3 entries of 8 bytes get a fourth; what the next segment is left has none."""
+    cell, (x, memory), z = cell_and_input()
+    kept = []
+    for served, depth in (("triton", HEAD + 1), ("reference", HEAD)):
+        with ambient(served):
+            u = cell.inject((x, memory))
+        assert u.context.positions.shape[-1] == u.context.memory_keys.shape[-1] == depth
+        assert u.qkv.shape[-1] == len(u.weights.qkv) == 3 * HEADS * depth
+        kept.append(cell.memory(z, u, memory, LENGTH + 1))
+    torch.testing.assert_close(kept[0].injection, kept[1].injection)
+
+
 @PLACES
 @pytest.mark.parametrize("dropped", [False, True], ids=["kept", "dropped"])
 def test_value_and_product_are_autograds(pre_norm, dropped, backend):

@@ -98,7 +98,7 @@ def test_the_references_product_is_autograds(options):
     context = context_of(given, **options)
     vector = torch.randn_like(given[0])
     wanted = torch.autograd.grad(reference.attention(*given[:3], context), given[:3], vector)
-    torch.testing.assert_close(reference.attention_vjp(vector, *given[:3], context), wanted)
+    torch.testing.assert_close(reference.attention_vjp(vector, *given[:3], context).unbind(2), wanted)
 
 
 # ------------------------------------------------------------------------------------ kernels against float64
@@ -146,7 +146,7 @@ def test_value_and_every_gradient(queries, memory, depth, options, device):
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
         product = op.attention_vjp(vector, *given[:3], context, backend="triton")
-    torch.testing.assert_close(product, expected[:3])
+    torch.testing.assert_close(product.unbind(2), expected[:3])
 
 
 @kernels
@@ -202,7 +202,7 @@ def test_no_tensor_of_queries_by_keys(what, device):
             op.attention(*given[:3], context, backend="triton").backward(vector)
         else:
             product = op.attention_vjp(vector, *given[:3], context, backend="triton")
-            torch.autograd.backward(product, [vector] * 3)
+            torch.autograd.backward(product.unbind(2), [vector] * 3)
     assert 24 <= max(allocations.sizes) < 24 * 48
 
 
@@ -262,7 +262,7 @@ def test_every_second_derivative(queries, memory, depth, options, device):
     context = context_of(given, device, **options)
     found, wanted = (
         torch.autograd.grad(
-            op.attention_vjp(vector, *given[:3], context, backend), [vector, *present], directions
+            op.attention_vjp(vector, *given[:3], context, backend).unbind(2), [vector, *present], directions
         )
         for backend in ("triton", "reference")
     )
@@ -275,7 +275,7 @@ def test_third_derivatives_and_missing_cotangents(device):
     vector, direction = torch.randn_like(given[0]).requires_grad_(), torch.randn_like(given[0])
     thirds, seconds = [], []
     for backend in ("triton", "reference"):
-        of_q, *_ = op.attention_vjp(vector, *given[:3], context_of(given), backend)
+        of_q = op.attention_vjp(vector, *given[:3], context_of(given), backend)[:, :, 0]
         seconds.append(torch.autograd.grad(of_q, given[:2], direction, retain_graph=True))
         (of_k,) = torch.autograd.grad(of_q, given[1], direction, create_graph=True)
         thirds.append(torch.autograd.grad(of_k.sum(), given[2])[0])
@@ -323,6 +323,20 @@ def test_strides_of_all_kinds(backend, device):
     torch.testing.assert_close(product, reference.attention_vjp(plain[2], *plain, op.Context(*rest)))
 
 
+def test_a_scale_of_its_own(backend, device):
+    """Heads that two zeros make wider, with the scale of those before, are the same heads."""
+    given = leaves(device=device)
+    wide = [None if each is None else torch.nn.functional.pad(each, (0, 2)) for each in given]
+    plain, scaled = context_of(given), context_of(wide, scale=given[0].shape[-1] ** -0.5)
+    value = op.attention(*wide[:3], scaled, backend)
+    wanted = reference.attention(*given[:3], plain)
+    torch.testing.assert_close(value[..., :-2], wanted)
+    vector = torch.randn_like(wanted)
+    present = [each for each in given if each is not None]
+    found = torch.autograd.grad(value[..., :-2], present, vector)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, present, vector))
+
+
 def test_nan_stays_in_its_sample_and_head(backend, device):
     q, k, v, *rest = tensors(batch=3, device=device)
     k = k.clone()
@@ -331,7 +345,7 @@ def test_nan_stays_in_its_sample_and_head(backend, device):
     clean = torch.ones(3, 2, dtype=torch.bool, device=device)
     clean[1, 0] = False
     assert torch.equal(value.isfinite().all(3).all(1), clean)
-    for product in op.attention_vjp(torch.ones_like(q), q, k, v, op.Context(*rest), backend):
+    for product in op.attention_vjp(torch.ones_like(q), q, k, v, op.Context(*rest), backend).unbind(2):
         assert product.isfinite().all(3).all(1)[clean].all()
 
 
@@ -339,7 +353,7 @@ def test_empty_batches_and_empty_memory(backend, device):
     q, k, v, *rest = tensors(device=device)
     empty = op.Context(*rest[:3], rest[3][:0], rest[4][:0])
     assert op.attention(q[:0], k[:0], v[:0], empty, backend).shape == (0, 4, 2, 3)
-    assert op.attention_vjp(q[:0], q[:0], k[:0], v[:0], empty, backend)[1].shape == (0, 4, 2, 3)
+    assert op.attention_vjp(q[:0], q[:0], k[:0], v[:0], empty, backend).shape == (0, 4, 3, 2, 3)
     none, nothing = op.Context(*rest[:3]), [each[:, :0].requires_grad_() for each in rest[3:]]
     value = op.attention(q, k, v, none._replace(memory_keys=nothing[0], memory_values=nothing[1]), backend)
     torch.testing.assert_close(value, reference.attention(q, k, v, none))
@@ -357,7 +371,7 @@ def test_transforms_and_mixed_dtypes_take_ordinary_operators(device):
         assert op._served(*given[:3], context, "triton")
     q, k, v = given[:3]
     _, pull = torch.func.vjp(lambda *each: op.attention(*each, context, backend="triton"), q, k, v)
-    torch.testing.assert_close(pull(v), reference.attention_vjp(v, q, k, v, context))
+    torch.testing.assert_close(pull(v), reference.attention_vjp(v, q, k, v, context).unbind(2))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import check_count, check_number
-from ..ops.attention import Context, Evaluated, attention, attention_evaluated, attention_vjp, with_mask
+from ..ops.attention import (
+    Context,
+    Evaluated,
+    attention,
+    attention_evaluated,
+    attention_vjp,
+    spare_columns,
+    with_mask,
+)
 from ..ops.feedforward import feedforward, feedforward_vjp
 from ..ops.norm import norm, norm_value, norm_vjp
 from .layers import does_as, normalise_weight
@@ -53,7 +61,7 @@ class Masks(NamedTuple):
 
 
 class TransformerInjection(NamedTuple):
-    """u, all that does not depend on z.
+    """u, all that does not depend on z. Where kernels serve, zeros may widen each head's d.
 
     Attributes:
         qkv: `[B, T, 3·H·d]`, added to q, k and v; None in a cell without injection.
@@ -172,26 +180,34 @@ class TransformerCell(nn.Module):
         tokens, memory = x if isinstance(x, tuple) else (x, None)
         self._check(tokens, memory)
         weights = self._weights(tokens.device.type)
+        dtype, spare = weights.qkv.dtype, spare_columns(weights.qkv, self.head_width)
+        weights = weights._replace(
+            qkv=self._wider(weights.qkv, -2, spare), out=self._wider(weights.out, -1, spare)
+        )
         batch, length, _ = tokens.shape
-        keys, values = self._of_memory(memory, weights)
+        keys, values = self._of_memory(memory, weights, spare)
         reach = length + (0 if keys is None else keys.shape[1])
         context = Context(
-            self._positions(reach, tokens.device).to(weights.qkv.dtype),
-            self.content_bias.to(weights.qkv.dtype),
-            self.position_bias.to(weights.qkv.dtype),
+            _with_zeros(self._positions(reach, tokens.device).to(dtype), -1, spare),
+            _with_zeros(self.content_bias.to(dtype), -1, spare),
+            _with_zeros(self.position_bias.to(dtype), -1, spare),
             keys,
             values,
             self.window,
             self.attention_dropout if self._drops_attention else 0.0,
             torch.randint(2**63 - 1, (1,), device=tokens.device) if self._drops_attention else None,
+            scale=self.head_width**-0.5,
         )
         context = with_mask(context, (batch, length))
-        qkv = None if self.injection is None else self.injection(tokens)
+        qkv = None if self.injection is None else self._wider(self.injection(tokens), -1, spare)
         return TransformerInjection(qkv, context, weights, self._masks(tokens), (batch, length, self.width))
 
     def memory(self, value: Tensor, u: TransformerInjection, before: Memory | None, length: int) -> Memory:
         """The last `length` tokens of the memory before and of this segment's fixed points."""
-        injection = None if u.qkv is None else u.qkv[..., self.heads * self.head_width :]
+        injection = None
+        if u.qkv is not None:
+            keys_and_values = u.qkv.unflatten(-1, (3, self.heads, -1))[..., 1:, :, : self.head_width]
+            injection = keys_and_values.flatten(-3)
         if before is not None:
             value = torch.cat([before.value, value], dim=1)
             if injection is not None and before.injection is not None:
@@ -234,15 +250,22 @@ class TransformerCell(nn.Module):
     def _products(self) -> tuple[nn.Linear, ...]:
         return self.qkv, self.out, self.up, self.down
 
-    def _of_memory(self, memory: Memory | None, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+    def _wider(self, rows: Tensor, dim: int, spare: int) -> Tensor:
+        """With zeros behind each of the heads that lie along `dim`, which counts from the last: −1."""
+        heads = rows.unflatten(dim, (-1, self.head_width))
+        return _with_zeros(heads, dim, spare).flatten(dim - 1, dim)
+
+    def _of_memory(
+        self, memory: Memory | None, weights: Weights, spare: int
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values `[B, M, H, d]` of the memory, which are the same in every step."""
         if memory is None or memory.value.shape[1] == 0:
             return None, None
         value = norm(memory.value)[0] if self.pre_norm else memory.value
-        made = functional.linear(value, weights.qkv[self.heads * self.head_width :])
+        made = functional.linear(value, weights.qkv[len(weights.qkv) // 3 :])
         if memory.injection is not None:
-            made = made + memory.injection.to(made.dtype)
-        keys, values = made.unflatten(-1, (2, self.heads, self.head_width)).unbind(2)
+            made = made + self._wider(memory.injection, -1, spare).to(made.dtype)
+        keys, values = made.unflatten(-1, (2, self.heads, -1)).unbind(2)
         return keys, values
 
     def _positions(self, reach: int, device: torch.device) -> Tensor:
@@ -264,7 +287,9 @@ class TransformerCell(nn.Module):
             return None
         widths = (self.width, self.up.out_features, self.width)
         like = self.content_bias
-        attention, inner, output = (_mask((tokens.shape[0], 1, width), self.dropout, like) for width in widths)
+        attention, inner, output = (
+            _mask((tokens.shape[0], 1, width), self.dropout, like) for width in widths
+        )
         return Masks(attention, inner, output, pulled=output / (1 - self.dropout))
 
     # ------------------------------------------------------------------------------- every step
@@ -326,7 +351,7 @@ class TransformerCell(nn.Module):
             product = functional.linear(n, u.weights.qkv)
         else:
             product = torch.addmm(u.qkv.flatten(0, 1), n.flatten(0, 1), u.weights.qkv.mT)
-        q, k, v = product.view(*n.shape[:2], 3, self.heads, self.head_width).unbind(2)
+        q, k, v = product.view(*n.shape[:2], 3, self.heads, -1).unbind(2)
         return q, k, v
 
     def _check(self, tokens: Any, memory: Any) -> None:
@@ -352,6 +377,10 @@ class TransformerCell(nn.Module):
     def extra_repr(self) -> str:
         place = "pre" if self.pre_norm else "post"
         return f"{self.heads} heads of {self.head_width}, {place}-norm, window={self.window}"
+
+
+def _with_zeros(tensor: Tensor, dim: int, count: int) -> Tensor:
+    return functional.pad(tensor, (0, 0) * (-1 - dim) + (0, count)) if count else tensor
 
 
 def _mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
@@ -392,7 +421,7 @@ class Pullback:
         of_branch = at_z if masks is None else at_z * masks.attention
         of_mixed = _times(of_branch, weights.out).view(self.heads[0].shape)
         of_heads = attention_vjp(of_mixed, *self.heads, self.u.context, evaluated=self.evaluated)
-        of_n = _times(torch.stack(of_heads, dim=2).flatten(2), weights.qkv)
+        of_n = _times(of_heads.flatten(2), weights.qkv)
         if self.first is not None:
             of_n = norm_vjp(of_n.to(at_z.dtype), *self.first)
         return (at_z + of_n).to(self.dtype)

@@ -18,7 +18,15 @@ from ..reference.attention import Context
 from ..reference.record import accumulate_dtype
 from .launch import PROGRAMS, kernels_serve, launch, next_power_of_2, precision
 
-__all__ = ["Context", "Evaluated", "attention", "attention_evaluated", "attention_vjp", "with_mask"]
+__all__ = [
+    "Context",
+    "Evaluated",
+    "attention",
+    "attention_evaluated",
+    "attention_vjp",
+    "spare_columns",
+    "with_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,10 @@ def attention_vjp(
     context: Context,
     backend: str = "auto",
     evaluated: Evaluated | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, H, d]` each; differentiable.
+) -> Tensor:
+    """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, 3, H, d]`; differentiable.
+
+    One tensor, because one matrix product makes q, k and v, and takes their gradients.
 
     Args:
         vector: `[B, T, H, d]`, of q's dtype.
@@ -90,8 +100,7 @@ def attention_vjp(
     tensors = (vector, q, k, v, *_parameters(context))
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
         return AttentionVJPFunction.apply(*tensors, context, evaluated)
-    gradients = attention_gradients(vector, q, k, v, context, evaluated, _OF_STATES)
-    return gradients[0], gradients[1], gradients[2]  # type: ignore[return-value]
+    return states_gradients(vector, q, k, v, context, evaluated)
 
 
 def with_mask(context: Context, queries: tuple[int, int], backend: str = "auto") -> Context:
@@ -105,6 +114,14 @@ def with_mask(context: Context, queries: tuple[int, int], backend: str = "auto")
     batch, length = queries
     shape = torch.Size((batch, len(context.content_bias), length, length + context.memory))
     return context._replace(mask=reference.dropout_mask(context, shape))
+
+
+def spare_columns(like: Tensor, depth: int, backend: str = "auto") -> int:
+    """How many zeros behind each head's d entries let the kernels read its rows 16 bytes at a time.
+
+    They change no product. 0 where ordinary operators will serve. like: a tensor of the dtype, on the device.
+    """
+    return -depth % (16 // like.element_size()) if kernels_serve(like, backend, autocast=True) else 0
 
 
 # ------------------------------------------------------------------------------------------------ the checks
@@ -177,9 +194,6 @@ def _with_parameters(context: Context, tensors: tuple[Tensor | None, ...]) -> Co
 
 # ---------------------------------------------------------------------------------------------- the launches
 
-_OF_STATES = (True, True, True, False, False, False, False, False)
-"""Which gradients a vector-Jacobian product has: of q, k and v."""
-
 
 @dataclass(frozen=True)
 class Tangents:
@@ -204,7 +218,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Evaluate
     tiles = _tiles(q.dtype, queries)
     launch(
         _kernels().attention_kernel,
-        (batch * heads * -(-queries // tiles["BLOCK_T"]),),
+        (batch * heads * -(-queries // tiles["BLOCK"]),),
         *given.rows,
         *given.constants,
         value,
@@ -221,6 +235,19 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Evaluate
     return Evaluated(value, sums)
 
 
+_OF_STATES = (True, True, True, False, False, False, False, False)
+"""Which gradients a vector-Jacobian product has: of q, k and v."""
+
+
+def states_gradients(
+    vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context, evaluated: Evaluated | None
+) -> Tensor:
+    """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v `[B, T, 3, H, d]` by the kernels."""
+    gradients = _fresh(q, q.shape[1], 3)
+    attention_gradients(vector, q, k, v, context, evaluated, _OF_STATES, states=gradients)
+    return gradients
+
+
 def attention_gradients(
     vector: Tensor,
     q: Tensor,
@@ -230,29 +257,39 @@ def attention_gradients(
     evaluated: Evaluated | None,
     needed: tuple[bool, ...],
     tangents: Tangents | None = None,
+    states: Tensor | None = None,
 ) -> list[Tensor | None]:
     """The gradients of `⟨vector, attention(q, k, v)⟩` by the kernels, those that are needed.
 
     In order: of q, k, v, positions, content_bias, position_bias, memory_keys, memory_values.
-    With `tangents` those of `⟨vector, ȯ⟩`.
+    With `tangents` those of `⟨vector, ȯ⟩`. states: where those of q, k and v shall be.
     """
-    of_q, of_k, of_v, of_positions, of_content_bias, of_position_bias, *of_memory = needed
+    _, of_k, of_v, of_positions, of_content_bias, of_position_bias, *of_memory = needed
     found: list[Tensor | None] = [None] * len(needed)
     evaluated = attention_fwd(q, k, v, context) if evaluated is None else evaluated
     given = Given(q, k, v, context, vector)
+    places = (_fresh(q, q.shape[1], 3) if states is None else states).unbind(2)
+    found[:3] = places
     # Its kernel comes first, because the others read what it leaves in delta.
-    found[0], delta, biases = query_gradient(given, evaluated, of_content_bias or of_position_bias, tangents)
-    if not of_q:
-        found[0] = None
+    delta, biases = query_gradient(given, evaluated, places[0], of_content_bias or of_position_bias, tangents)
     if biases is not None:
         found[4], found[5] = biases[0].to(q.dtype), biases[1].to(q.dtype)
     if of_k or of_v:
-        found[1], found[2] = key_gradients(given, evaluated, delta, memory=False, tangents=tangents)
+        key_gradients(given, evaluated, delta, places[1:], memory=False, tangents=tangents)
     if of_positions:
         found[3] = position_gradient(given, evaluated, delta, tangents)
     if any(of_memory):
-        found[6], found[7] = key_gradients(given, evaluated, delta, memory=True, tangents=tangents)
+        places = _fresh(q, context.memory, 2).unbind(2)
+        found[6:] = places
+        if context.memory:
+            key_gradients(given, evaluated, delta, places, memory=True, tangents=tangents)
     return [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
+
+
+def _fresh(q: Tensor, rows: int, count: int) -> Tensor:
+    """A place for `count` gradients, `[B, rows, count, H, d]`: they lie as the cell has q, k and v."""
+    batch, _, *head = q.shape
+    return q.new_empty(batch, rows, count, *head)
 
 
 class Given:
@@ -276,7 +313,7 @@ class Given:
         align = math.gcd(width, *(entries for layout in self.layouts for entries in layout))
         self.common = {
             "DROPOUT": float(context.dropout),
-            "SCALE": q.shape[-1] ** -0.5,
+            "SCALE": context.factor,
             "HEAD": (*parts_of(q.shape[-1]), q.shape[-1], align),
             **precision(q.dtype),
         }
@@ -304,28 +341,26 @@ def parts_of(depth: int) -> tuple[int, int]:
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
-def _tiles(dtype: torch.dtype, rows: int, narrow: int = 64, columns: str = "BLOCK_K") -> dict[str, int]:
-    """The block sizes of a kernel and its warps.
+def _tiles(dtype: torch.dtype, rows: int, second: bool = False) -> dict[str, int]:
+    """The block size of a kernel and its warps, of 16 rows each: more would only do the same again.
 
-    rows: of what a program takes a block of. narrow: the largest block of 16-bit entries, smaller where a
-    kernel holds more tiles. Larger blocks would spill more: in float32 each operand of a product is held as
-    two.
+    rows: of what a program takes a block of. second: of second derivatives, which hold more tiles. Larger
+    blocks would spill more: in float32 each operand of a product is held as two.
     """
-    most = narrow if dtype in (torch.float16, torch.bfloat16) else 16
+    most = 64 if dtype in (torch.float16, torch.bfloat16) and not second else 16
     block = max(16, min(most, next_power_of_2(rows)))
-    warps = 4 if dtype == torch.float64 else block // 8 if block > 16 else 1
-    return {"BLOCK_T": block, columns: block, "num_warps": warps, "num_stages": 1}
+    return {"BLOCK": block, "num_warps": 4 if dtype == torch.float64 else block // 16, "num_stages": 1}
 
 
 def query_gradient(
-    given: Given, evaluated: Evaluated, biases: bool, tangents: Tangents | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradient in q, Δ `[B, H, T]`, and with `biases` `[2, H, d]`, those in both biases."""
+    given: Given, evaluated: Evaluated, gradient: Tensor, biases: bool, tangents: Tangents | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient in q, into `gradient`; Δ `[B, H, T]`; with `biases` the gradients in both `[2, H, d]`."""
     batch, queries, heads, depth = given.shape
     memory = given.context.memory
-    tiles = _tiles(given.dtype, queries, 64 if tangents is None else 16)
-    blocks = -(-queries // tiles["BLOCK_T"])
-    gradient, delta = torch.empty_like(evaluated.value), torch.empty_like(evaluated.sums)
+    tiles = _tiles(given.dtype, queries, second=tangents is not None)
+    blocks = -(-queries // tiles["BLOCK"])
+    delta = torch.empty_like(evaluated.sums)
     parts = delta.new_empty((2, batch * blocks, heads, depth) if biases else (1,))
     launch(
         _kernels().attention_query_vjp_kernel,
@@ -339,6 +374,7 @@ def query_gradient(
         gradient,
         parts,
         *given.layouts,
+        gradient.stride(1),
         batch,
         heads,
         queries,
@@ -350,36 +386,36 @@ def query_gradient(
         **given.common,
         **tiles,
     )
-    return gradient, delta, parts.sum(1) if biases else None
+    return delta, parts.sum(1) if biases else None
 
 
 def key_gradients(
-    given: Given, evaluated: Evaluated, delta: Tensor, memory: bool, tangents: Tangents | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients in the current keys and values, or in those in memory."""
-    batch, queries, heads, depth = given.shape
+    given: Given,
+    evaluated: Evaluated,
+    delta: Tensor,
+    places: tuple[Tensor, ...],
+    memory: bool,
+    tangents: Tangents | None = None,
+) -> None:
+    """The gradients in the current keys and values, or in those in memory, into two places."""
+    batch, queries, heads, _ = given.shape
     context = given.context
-    if memory and context.memory == 0:
-        keys, values = context.memory_keys, context.memory_values
-        return None if keys is None else torch.zeros_like(keys), None if values is None else torch.zeros_like(
-            values
-        )
     count = context.memory if memory else queries
     vector, q, *current, memory_keys, memory_values, positions = zip(given.rows, given.layouts, strict=True)
     keys_and_values = (memory_keys, memory_values) if memory else current
     tensors, layouts = zip(vector, q, *keys_and_values, positions, strict=True)
-    gradients = [evaluated.value.new_empty(batch, count, heads, depth) for _ in range(2)]
-    tiles = _tiles(given.dtype, count, 64 if tangents is None else 16)
+    tiles = _tiles(given.dtype, count, second=tangents is not None)
     launch(
         _kernels().attention_key_vjp_kernel,
-        (batch * heads * -(-count // tiles["BLOCK_K"]),),
+        (batch * heads * -(-count // tiles["BLOCK"]),),
         *tensors,
         *given.constants,
         evaluated.sums,
         delta,
         *_tangents(tangents, evaluated),
-        *gradients,
+        *places,
         *layouts,
+        places[0].stride(1),
         heads,
         queries,
         context.memory,
@@ -390,7 +426,6 @@ def key_gradients(
         **given.common,
         **tiles,
     )
-    return gradients[0], gradients[1]
 
 
 def position_gradient(
@@ -399,8 +434,8 @@ def position_gradient(
     """The gradient in all positions, also in those that no distance reaches."""
     batch, queries, heads, depth = given.shape
     distances = given.context.memory + queries
-    tiles = _tiles(given.dtype, distances, 32 if tangents is None else 16, "BLOCK_N")
-    blocks = -(-distances // tiles["BLOCK_N"])
+    tiles = _tiles(given.dtype, distances, second=tangents is not None)
+    blocks = -(-distances // tiles["BLOCK"])
     parts = max(1, min(batch, PROGRAMS // (heads * blocks)))
     gradients = delta.new_empty(parts, distances, heads, depth)
     launch(
@@ -438,10 +473,10 @@ def derivative(
     found = torch.empty_like(evaluated.value)
     mean, balance = torch.empty_like(evaluated.sums), torch.empty_like(evaluated.sums)
     tangents = Tangents(a.contiguous(), b.contiguous(), c.contiguous(), mean, balance)
-    tiles = _tiles(given.dtype, queries, 16)
+    tiles = _tiles(given.dtype, queries, second=True)
     launch(
         _kernels().attention_jvp_kernel,
-        (batch * heads * -(-queries // tiles["BLOCK_T"]),),
+        (batch * heads * -(-queries // tiles["BLOCK"]),),
         *given.rows,
         *given.constants,
         evaluated.value,
@@ -483,14 +518,14 @@ class AttentionFunction(torch.autograd.Function):
         context = _with_parameters(context, tuple(parameters))
         evaluated = attention_fwd(q, k, v, context)
         ctx.save_for_backward(q, k, v, *parameters, context.seed, evaluated.value, evaluated.sums)
-        ctx.options = (context.window, context.dropout)
+        ctx.options = _options(context)
         return evaluated.value
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         *tensors, seed, value, sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            return *_by_operators(_attention, (grad,), tensors, ctx.options, seed), None
+            return *_by_operators(reference.attention, grad, tensors, ctx.options, seed), None
         context = _context(tensors[3:], ctx.options, seed)
         needed = ctx.needs_input_grad[:-1]
         q, k, v = tensors[:3]
@@ -500,8 +535,8 @@ class AttentionFunction(torch.autograd.Function):
 class AttentionVJPFunction(torch.autograd.Function):
     """`(vector, q, k, v, positions, ..., memory_values) ↦` the gradients of `⟨vector, o⟩` in q, k and v.
 
-    With gradients a, b, c in those three, the function that backward differentiates is `⟨vector, ȯ⟩`, ȯ being
-    the derivative of o along (a, b, c): its gradient in vector is ȯ itself.
+    With the gradients a, b, c in those three, the function that backward differentiates is `⟨vector, ȯ⟩`, ȯ
+    being the derivative of o along (a, b, c): its gradient in vector is ȯ itself.
     """
 
     @staticmethod
@@ -510,21 +545,17 @@ class AttentionVJPFunction(torch.autograd.Function):
         context = _with_parameters(context, tuple(parameters))
         evaluated = attention_fwd(q, k, v, context) if evaluated is None else evaluated
         ctx.save_for_backward(vector, q, k, v, *parameters, context.seed, evaluated.value, evaluated.sums)
-        ctx.options = (context.window, context.dropout)
-        ctx.set_materialize_grads(False)
-        return tuple(attention_gradients(vector, q, k, v, context, evaluated, _OF_STATES)[:3])
+        ctx.options = _options(context)
+        return states_gradients(vector, q, k, v, context, evaluated)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None):
+    def backward(ctx, grad: Tensor):
         *tensors, seed, value, sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            return *_by_operators(reference.attention_vjp, grads, tensors, ctx.options, seed), None, None
-        if all(grad is None for grad in grads):
-            return (None,) * (len(tensors) + 2)
+            return *_by_operators(reference.attention_vjp, grad, tensors, ctx.options, seed), None, None
         vector, q, k, v, *parameters = tensors
         context, evaluated = _context(parameters, ctx.options, seed), Evaluated(value, sums)
-        a, b, c = (torch.zeros_like(q) if grad is None else grad for grad in grads)
-        of_vector, tangents = derivative(Given(q, k, v, context, vector), evaluated, a, b, c)
+        of_vector, tangents = derivative(Given(q, k, v, context, vector), evaluated, *grad.unbind(2))
         needed = ctx.needs_input_grad[1:-2]
         gradients: list[Tensor | None] = [None] * len(needed)
         if any(needed):
@@ -532,35 +563,29 @@ class AttentionVJPFunction(torch.autograd.Function):
         return (of_vector if ctx.needs_input_grad[0] else None), *gradients, None, None
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor]:
-    return (reference.attention(q, k, v, context),)
-
-
 def _by_operators(
-    function: Any,
-    grads: Any,
-    tensors: list[Tensor | None],
-    options: tuple[int | None, float],
-    seed: Tensor | None,
+    function: Any, grad: Tensor, tensors: list[Tensor | None], options: dict[str, Any], seed: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients by ordinary operators, which can be differentiated again."""
     # Aliases have graph nodes of their own: where k depends on q, q's own gradient must not go by way of k.
     tensors = [None if each is None else each.view_as(each) for each in tensors]
-    outputs = function(*tensors[:-5], _context(tensors[-5:], options, seed))
-    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    output = function(*tensors[:-5], _context(tensors[-5:], options, seed))
     leaves = [each for each in tensors if each is not None and each.requires_grad]
-    if not pairs or not leaves:
+    if not leaves:
         return (None,) * len(tensors)
-    values, given = zip(*pairs, strict=True)
-    gradients = torch.autograd.grad(values, leaves, given, create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(output, leaves, grad, create_graph=True, allow_unused=True)
     found = iter(gradients)
     return tuple(next(found) if each is not None and each.requires_grad else None for each in tensors)
 
 
-def _context(parameters: Any, options: tuple[int | None, float], seed: Tensor | None) -> Context:
-    """The inverse of `_parameters`; options: window and dropout."""
+def _options(context: Context) -> dict[str, Any]:
+    return {"window": context.window, "dropout": context.dropout, "scale": context.scale}
+
+
+def _context(parameters: Any, options: dict[str, Any], seed: Tensor | None) -> Context:
+    """The inverse of `_parameters` and `_options`."""
     positions, content_bias, position_bias, memory_keys, memory_values = parameters
-    return Context(positions, content_bias, position_bias, memory_keys, memory_values, *options, seed)
+    return Context(positions, content_bias, position_bias, memory_keys, memory_values, seed=seed, **options)
 
 
 def _kernels() -> ModuleType:

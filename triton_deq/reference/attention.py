@@ -1,6 +1,6 @@
 """Transformer-XL's relative attention in PyTorch, and its vector-Jacobian product.
 
-With i a query of T, j a key of R = M + T (M of them in memory), δ = i + M − j their distance, s = d^(-1/2):
+With i a query of T, j a key of R = M + T (M of them in memory), δ = i + M − j their distance, s the scale:
 `S_ij = s ((q_i + b_c)·k_j + (q_i + b_p)·r_δ)` where 0 ≤ δ < window, else −∞, with both learned biases (Dai et
 al., arXiv 1901.02860, section 3.3); `P = softmax(S)`; `o_i = Σ_j K_ij P_ij v_j` with the dropout mask K. All
 is differentiable by ordinary operators; the scores `[B, H, T, R]` are held in memory.
@@ -25,6 +25,7 @@ class Context(NamedTuple):
         dropout: the probability that an entry of P is dropped, in [0, 1).
         seed: int64 `[1]`, which stands for the dropout mask; None without dropout.
         mask: K `[B, H, T, R]` itself, for ordinary operators that would make it anew each time; or None.
+        scale: s; by default `d^(-1/2)`. Heads that zeros make wider, for loads of 16 bytes, need it said.
     """
 
     positions: Tensor
@@ -36,11 +37,17 @@ class Context(NamedTuple):
     dropout: float = 0.0
     seed: Tensor | None = None
     mask: Tensor | None = None
+    scale: float | None = None
 
     @property
     def memory(self) -> int:
         """M"""
         return 0 if self.memory_keys is None else self.memory_keys.shape[1]
+
+    @property
+    def factor(self) -> float:
+        """s"""
+        return self.positions.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -50,15 +57,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", _dropped(weights, context), values)
 
 
-def attention_vjp(
-    vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, H, d]` each."""
+def attention_vjp(vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, 3, H, d]`."""
     keys, values = _with_memory(k, context.memory_keys), _with_memory(v, context.memory_values)
     weights = torch.softmax(_scores(q, keys, context), dim=-1)
     of_weights = _dropped(torch.einsum("bihd,bjhd->bhij", vector, values), context)
     of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-    of_scores = of_scores * q.shape[-1] ** -0.5
+    of_scores = of_scores * context.factor
 
     distance, positions = _distances(of_scores, context), context.positions[: keys.shape[1]]
     inside = (distance >= 0) & (distance < keys.shape[1])  # j = i + M − δ: the same map in both directions
@@ -67,7 +72,7 @@ def attention_vjp(
     of_q = of_q + torch.einsum("bhin,nhd->bihd", by_distance, positions)
     of_keys = torch.einsum("bhij,bihd->bjhd", of_scores, q + context.content_bias)
     of_values = torch.einsum("bhij,bihd->bjhd", _dropped(weights, context), vector)
-    return of_q, of_keys[:, context.memory :], of_values[:, context.memory :]
+    return torch.stack([of_q, of_keys[:, context.memory :], of_values[:, context.memory :]], dim=2)
 
 
 def _with_memory(current: Tensor, memory: Tensor | None) -> Tensor:
@@ -91,7 +96,7 @@ def _scores(q: Tensor, keys: Tensor, context: Context) -> Tensor:
     hidden = distance < 0
     if context.window is not None:
         hidden = hidden | (distance >= context.window)
-    return (scores * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
+    return (scores * context.factor).masked_fill(hidden, -torch.inf)
 
 
 def _dropped(weights: Tensor, context: Context) -> Tensor:

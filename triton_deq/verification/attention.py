@@ -55,7 +55,7 @@ def check_attention(case: Case) -> Iterator[Row]:
         value = reference.attention(q, k, v, context)
         firsts = torch.autograd.grad(value, leaves, wide)
         products = reference.attention_vjp(wide, q, k, v, context)
-        changed, *seconds = torch.autograd.grad(products, [wide, *leaves], wide_directions)
+        changed, *seconds = torch.autograd.grad(products.unbind(2), [wide, *leaves], wide_directions)
 
         error = relative_error(evaluated.value, value.detach())
         yield row(case, "attention", "attention", f"{label}value", error)

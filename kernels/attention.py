@@ -403,7 +403,7 @@ def attention_query_vjp_kernel(
     c_ptr,
     mean_ptr,
     balance_ptr,
-    gradient_ptr,
+    gradients_ptr,
     bias_gradients_ptr,
     vector_layout,
     q_layout,
@@ -412,7 +412,6 @@ def attention_query_vjp_kernel(
     memory_key_layout,
     memory_value_layout,
     position_layout,
-    gradient_stride,
     B,
     H,
     T,
@@ -433,7 +432,7 @@ def attention_query_vjp_kernel(
 
     With SECOND: the gradient of the derivative of o along (a, b, c) in (q, k, v), times vector.
 
-    delta: [B, H, T]    gradient: [B, T, H, d], its rows gradient_stride entries apart
+    delta: [B, H, T]    gradients: [B, T, 3, H, d], of q, k and v; this kernel writes the first
     a, b, c, mean, balance: as in `attention_jvp_kernel`
     bias_gradients: [2, B, blocks, H, d], with BIASES: the parts of those in b_c and b_p from this block
     """
@@ -502,8 +501,9 @@ def attention_query_vjp_kernel(
         rest = tl.full((), B, tl.int64) * blocks * H * HEAD[2]
         store_sums(bias_gradients_ptr + part, gradient, HEAD)
         store_sums(bias_gradients_ptr + rest + part, by_position, HEAD)
-    gradient_ptr += sample.to(tl.int64) * T * gradient_stride + head * HEAD[2]
-    store_rows(gradient_ptr, aligned(gradient_stride, HEAD), i, T, add(gradient, by_position), HEAD)
+    stride = 3 * H * HEAD[2]
+    gradients_ptr += sample.to(tl.int64) * T * stride + head * HEAD[2]
+    store_rows(gradients_ptr, stride, i, T, add(gradient, by_position), HEAD)
 
 
 @triton.jit
@@ -523,20 +523,19 @@ def attention_key_vjp_kernel(
     c_ptr,
     mean_ptr,
     balance_ptr,
-    key_gradient_ptr,
-    value_gradient_ptr,
+    gradients_ptr,
     vector_layout,
     q_layout,
     key_layout,
     value_layout,
     position_layout,
-    gradient_stride,
     H,
     T,
     M,
     count,
     before,
     window,
+    places,
     SECOND: tl.constexpr,
     DROPOUT: tl.constexpr,
     SCALE: tl.constexpr,
@@ -549,7 +548,8 @@ def attention_key_vjp_kernel(
     """The gradients of `⟨vector, o⟩` in a block of keys and values of one head.
 
     keys, values: [B, count, H, d], the current ones with before = M, those in memory with before = 0, which
-        counts the keys on the left of them    both gradients: likewise, rows gradient_stride entries apart
+        counts the keys on the left of them
+    gradients: [B, count, places, H, d], of keys and values in the last two places
     delta: as `attention_query_vjp_kernel` leaves it
     SECOND, a, b, c, mean, balance: as there
     """
@@ -609,10 +609,10 @@ def attention_key_vjp_kernel(
         of_values = mixed(tl.trans((weights * mask).to(OPERAND)), vector, of_values, TF32, OPERAND, WIDE)
         of_keys = mixed(tl.trans(slopes.to(OPERAND)), content, of_keys, TF32, OPERAND, WIDE)
 
-    offset = sample.to(tl.int64) * count * gradient_stride + head * HEAD[2]
-    stride = aligned(gradient_stride, HEAD)
-    store_rows(key_gradient_ptr + offset, stride, rows, count, scaled(of_keys, SCALE), HEAD)
-    store_rows(value_gradient_ptr + offset, stride, rows, count, of_values, HEAD)
+    stride = places * H * HEAD[2]
+    gradients_ptr += sample.to(tl.int64) * count * stride + ((places - 2) * H + head) * HEAD[2]
+    store_rows(gradients_ptr, stride, rows, count, scaled(of_keys, SCALE), HEAD)
+    store_rows(gradients_ptr + H * HEAD[2], stride, rows, count, of_values, HEAD)
 
 
 @triton.jit

@@ -303,9 +303,9 @@ def call_attention(entry: Entry, device: str) -> None:
     if kernel == "attention":
         attention.attention_fwd(q, k, v, context)
     elif kernel == "attention_query_vjp":
-        attention.query_gradient(given, evaluated, q, values["BIASES"], tangents)
+        attention.query_gradient(given, evaluated, fused, values["BIASES"], tangents)
     elif kernel == "attention_key_vjp":
-        attention.key_gradients(given, evaluated, sums, (k, v), memory=False, tangents=tangents)
+        attention.key_gradients(given, evaluated, sums, fused, memory=False, tangents=tangents)
     elif kernel == "attention_position_vjp":
         attention.position_gradient(given, evaluated, sums, tangents)
     else:

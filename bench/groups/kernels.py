@@ -543,11 +543,11 @@ def _attention(kernel: str, randn, batch: int, queries: int, backend: str) -> Ca
         return _backward(kernel, reference, vector, q, k, v, context)
     evaluated = op.attention_fwd(q, k, v, context)
     given = op.Given(q, k, v, context, vector)
-    of_q, of_k, of_v = torch.stack((q, k, v), dim=2).unbind(2)
-    delta, _ = op.query_gradient(given, evaluated, of_q, biases=False)
+    gradients = torch.stack((q, k, v), dim=2)
+    delta, _ = op.query_gradient(given, evaluated, gradients, biases=False)
     calls: dict[str, Call] = {
-        "attention_query_vjp": lambda: op.query_gradient(given, evaluated, of_q, biases=False),
-        "attention_key_vjp": lambda: op.key_gradients(given, evaluated, delta, (of_k, of_v), memory=False),
+        "attention_query_vjp": lambda: op.query_gradient(given, evaluated, gradients, biases=False),
+        "attention_key_vjp": lambda: op.key_gradients(given, evaluated, delta, gradients, memory=False),
         "attention_position_vjp": lambda: op.position_gradient(given, evaluated, delta),
         "attention_jvp": lambda: op.derivative(given, evaluated, vector, vector, vector)[0],
     }

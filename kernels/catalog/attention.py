@@ -27,8 +27,8 @@ def _entry(
     """q, k and v are views of one buffer `[B, T, 3 H d]`, as the Transformer cell has them.
 
     By default the paper's cell on WikiText-103, a GPU's share of the batch; its heads of 70 end in two zeros,
-    for loads of 16 bytes. spilled: the most that the
-    compilers of the supported versions of Triton spill on any target; registers are what these kernels lack.
+    for loads of 16 bytes. spilled: the most that the compilers of the supported versions of Triton spill on
+    any target; registers are what these kernels lack.
     """
     state, wide = Pointer(dtype), Pointer("fp64" if dtype == "fp64" else "fp32")
     row, size = HEADS * depth, BYTES[dtype]
@@ -60,16 +60,17 @@ def _entry(
         ),
         "position_layout": positions,
     }
-    align = gcd(16 // size, *(number for layout in (*layouts.values(), *memories) for number in layout))
+    align = gcd(
+        16 // size, depth, *(number for layout in (*layouts.values(), *memories) for number in layout)
+    )
     names = kernels_of(kernel)
     values: dict[str, Any] = {
         **{name: state for name in names if name.endswith("_ptr")},
-        **dict.fromkeys(
-            ("sums_ptr", "delta_ptr", "bias_gradients_ptr", "gradients_ptr", "mean_ptr", "balance_ptr"), wide
-        ),
+        **dict.fromkeys(("sums_ptr", "delta_ptr", "bias_gradients_ptr", "mean_ptr", "balance_ptr"), wide),
+        "gradients_ptr": wide if kernel == "attention_position_vjp" else state,
         "seed_ptr": Pointer("i64") if dropout else state,
         **layouts,
-        "gradient_stride": 3 * row,
+        "places": 3,
         "B": batch,
         "H": HEADS,
         "T": queries,
@@ -178,6 +179,6 @@ ENTRIES = (
     _entry("attention_key_vjp", "bf16", "second", spilled=664, constants=_SECOND),
     _entry("attention_position_vjp", "bf16", spilled=1888, constants={"parts": 14} | _FIRST),
     _entry("attention_position_vjp", "fp32", spilled=1648, constants={"parts": 10} | _FIRST),
-    _entry("attention_jvp", "bf16", spilled=24),
+    _entry("attention_jvp", "bf16", spilled=152),
     _entry("attention_jvp", "fp64", "small", **_SMALL),
 )

@@ -323,6 +323,25 @@ def test_strides_of_all_kinds(backend, device):
     torch.testing.assert_close(product, reference.attention_vjp(plain[2], *plain, op.Context(*rest)))
 
 
+@kernels
+def test_rows_wider_than_their_head(device):
+    """Every argument leaves room for loads of 16 bytes, which what the kernels write has not."""
+    given = [
+        torch.nn.functional.pad(each, (0, 3))[..., :-3].requires_grad_()
+        for each in tensors(1, heads=1, depth=5, dtype=torch.float32, device=device)
+    ]
+    vector = torch.nn.functional.pad(torch.randn_like(given[0]), (0, 3))[..., :-3].requires_grad_()
+    directions = torch.randn(3, *vector.shape, device=device).unbind()
+    found, wanted = [], []
+    for results, backend in ((found, "triton"), (wanted, "reference")):
+        context = context_of(given, device)
+        product = op.attention_vjp(vector, *given[:3], context, backend)
+        results += [op.attention(*given[:3], context, backend), product]
+        results += torch.autograd.grad(product.unbind(2), [vector, *given], directions)
+        results += torch.autograd.grad(results[0], given, vector.detach())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_scale_of_its_own(backend, device):
     """Heads that two zeros make wider, with the scale of those before, are the same heads."""
     given = leaves(device=device)

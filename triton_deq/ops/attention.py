@@ -243,7 +243,7 @@ def states_gradients(
     vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context, evaluated: Evaluated | None
 ) -> Tensor:
     """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v `[B, T, 3, H, d]` by the kernels."""
-    gradients = _fresh(q, q.shape[1], 3)
+    gradients = _places(q, q.shape[1], 3)
     attention_gradients(vector, q, k, v, context, evaluated, _OF_STATES, states=gradients)
     return gradients
 
@@ -268,26 +268,26 @@ def attention_gradients(
     found: list[Tensor | None] = [None] * len(needed)
     evaluated = attention_fwd(q, k, v, context) if evaluated is None else evaluated
     given = Given(q, k, v, context, vector)
-    places = (_fresh(q, q.shape[1], 3) if states is None else states).unbind(2)
-    found[:3] = places
+    states = _places(q, q.shape[1], 3) if states is None else states
+    found[:3] = states.unbind(2)
     # Its kernel comes first, because the others read what it leaves in delta.
-    delta, biases = query_gradient(given, evaluated, places[0], of_content_bias or of_position_bias, tangents)
+    delta, biases = query_gradient(given, evaluated, states, of_content_bias or of_position_bias, tangents)
     if biases is not None:
         found[4], found[5] = biases[0].to(q.dtype), biases[1].to(q.dtype)
     if of_k or of_v:
-        key_gradients(given, evaluated, delta, places[1:], memory=False, tangents=tangents)
+        key_gradients(given, evaluated, delta, states, memory=False, tangents=tangents)
     if of_positions:
         found[3] = position_gradient(given, evaluated, delta, tangents)
     if any(of_memory):
-        places = _fresh(q, context.memory, 2).unbind(2)
-        found[6:] = places
+        remembered = _places(q, context.memory, 2)
+        found[6:] = remembered.unbind(2)
         if context.memory:
-            key_gradients(given, evaluated, delta, places, memory=True, tangents=tangents)
+            key_gradients(given, evaluated, delta, remembered, memory=True, tangents=tangents)
     return [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
 
 
-def _fresh(q: Tensor, rows: int, count: int) -> Tensor:
-    """A place for `count` gradients, `[B, rows, count, H, d]`: they lie as the cell has q, k and v."""
+def _places(q: Tensor, rows: int, count: int) -> Tensor:
+    """For `count` gradients, `[B, rows, count, H, d]`: they lie as the cell has q, k and v."""
     batch, _, *head = q.shape
     return q.new_empty(batch, rows, count, *head)
 
@@ -310,7 +310,8 @@ class Given:
         seed = q if context.seed is None else context.seed
         self.constants = (context.content_bias.contiguous(), context.position_bias.contiguous(), seed)
         width = 16 // q.element_size()
-        align = math.gcd(width, *(entries for layout in self.layouts for entries in layout))
+        # With d, because what the kernels write and the tangents have rows of H·d.
+        align = math.gcd(width, q.shape[-1], *(entries for layout in self.layouts for entries in layout))
         self.common = {
             "DROPOUT": float(context.dropout),
             "SCALE": context.factor,
@@ -353,9 +354,12 @@ def _tiles(dtype: torch.dtype, rows: int, second: bool = False) -> dict[str, int
 
 
 def query_gradient(
-    given: Given, evaluated: Evaluated, gradient: Tensor, biases: bool, tangents: Tangents | None = None
+    given: Given, evaluated: Evaluated, gradients: Tensor, biases: bool, tangents: Tangents | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient in q, into `gradient`; Δ `[B, H, T]`; with `biases` the gradients in both `[2, H, d]`."""
+    """The gradient in q, into the first of `gradients` `[B, T, 3, H, d]`.
+
+    Returned: Δ `[B, H, T]`, and with `biases` the gradients in both `[2, H, d]`.
+    """
     batch, queries, heads, depth = given.shape
     memory = given.context.memory
     tiles = _tiles(given.dtype, queries, second=tangents is not None)
@@ -371,10 +375,9 @@ def query_gradient(
         evaluated.sums,
         delta,
         *_tangents(tangents, evaluated),
-        gradient,
+        gradients,
         parts,
         *given.layouts,
-        gradient.stride(1),
         batch,
         heads,
         queries,
@@ -393,11 +396,14 @@ def key_gradients(
     given: Given,
     evaluated: Evaluated,
     delta: Tensor,
-    places: tuple[Tensor, ...],
+    gradients: Tensor,
     memory: bool,
     tangents: Tangents | None = None,
 ) -> None:
-    """The gradients in the current keys and values, or in those in memory, into two places."""
+    """The gradients in the current keys and values, or in those in memory.
+
+    gradients: `[B, T or M, 3 or 2, H, d]`; the last two places are theirs.
+    """
     batch, queries, heads, _ = given.shape
     context = given.context
     count = context.memory if memory else queries
@@ -413,15 +419,15 @@ def key_gradients(
         evaluated.sums,
         delta,
         *_tangents(tangents, evaluated),
-        *places,
+        gradients,
         *layouts,
-        places[0].stride(1),
         heads,
         queries,
         context.memory,
         count,
         0 if memory else context.memory,
         given.window,
+        gradients.shape[2],
         SECOND=tangents is not None,
         **given.common,
         **tiles,

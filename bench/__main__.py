@@ -1,4 +1,4 @@
-"""The command line: `python -m bench run | report | gpu | levers`, from a checkout."""
+"""The command line: `python -m bench run | report | gpu | ledger | levers`, from a checkout."""
 
 import argparse
 import logging
@@ -17,7 +17,7 @@ RESULTS = ROOT / "bench" / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="run | report | gpu | levers")
+    commands = parser.add_subparsers(required=True, metavar="run | report | gpu | ledger | levers")
 
     run = commands.add_parser("run", help="measure on this machine and append rows")
     run.add_argument("--group", action="append", metavar="G", help="only this group; may be repeated")
@@ -40,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", metavar="DIR")
     gpu.add_argument("--section", action="append", metavar="S", help="only this section; may be repeated")
     gpu.set_defaults(call=_gpu)
+
+    ledger = commands.add_parser("ledger", help="what a step of each model launches and moves, without a GPU")
+    ledger.add_argument("--step", action="append", metavar="S", help="only those called so; may be repeated")
+    ledger.add_argument("--roofline", default="h100", choices=("a100", "h100", "h200"), help="default h100")
+    ledger.add_argument("--output", type=Path, metavar="FILE", help="write the tables there too")
+    ledger.set_defaults(call=_ledger)
 
     levers = commands.add_parser("levers", help="an image classifier's accuracy against time, lever by lever")
     levers.add_argument("run", type=Path, metavar="RUN", help="a run on the digits, with the penalty")
@@ -79,6 +85,12 @@ def _gpu(arguments: argparse.Namespace) -> int:
     from .gpu import main as gpu
 
     return gpu(arguments.minutes, arguments.output, arguments.section)
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    from .ledger import main as ledger
+
+    return ledger(arguments.step, arguments.roofline, arguments.output)
 
 
 def _levers(arguments: argparse.Namespace) -> int:

@@ -222,7 +222,8 @@ def call_norm(entry: Entry, x: torch.Tensor) -> None:
     elif values["NORMAL"]:
         norm.norm_fwd(x, x, mask, gain, gain, values["EPSILON"], None, x, inverse)
     else:
-        norm.norm_value(x, x, mask, gain, gain, values["EPSILON"], "triton")
+        branch = x.to(DTYPES[values["branch_ptr"].dtype])
+        norm.norm_value(x, branch, mask, gain, gain, values["EPSILON"], "triton")
 
 
 def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:

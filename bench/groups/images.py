@@ -188,17 +188,23 @@ def _function(given: Given, plain: bool) -> Any:
 
 def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
     for name, backend in ours(setting):
-        yield Variant(name, partial(_step, setting, size, mode, backend, None), backend)
+        yield Variant(name, partial(step, setting, size, mode, backend, None), backend)
+        if setting.gpu and backend == "triton":
+            graphed = partial(step, setting, size, mode, backend, None, graph=True)
+            yield Variant(f"{name} graph", graphed, "cuda graph")
         broyden = td.Broyden(memory=NFE)
-        yield Variant(f"{name} broyden", partial(_step, setting, size, mode, backend, broyden), backend)
+        yield Variant(f"{name} broyden", partial(step, setting, size, mode, backend, broyden), backend)
     yield Variant("plain layer, textbook", partial(_plain_step, setting, size, mode))
     if mode == "inference":
         yield Variant("bare f", partial(_prepare, setting, size, _evaluate_often, "auto", False))
 
 
-def _step(setting: Setting, size: Size, mode: str, backend: str, solver: td.Broyden | None) -> Call:
+def step(
+    setting: Setting, size: Size, mode: str, backend: str, solver: td.Broyden | None, graph: bool = False
+) -> Call:
+    """Inference or a training step of the model; graph: both solves in CUDA graphs."""
     given = _given(setting, size)
-    model = MDEQClassifier(size.configuration, solver=solver).to(setting.device)
+    model = MDEQClassifier(size.configuration, solver=solver, graph=graph).to(setting.device)
     model.load_state_dict(given.model.state_dict())
     return _run(setting, size, mode, model, lambda images: model(images).logits, backend)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton_deq.backend import ambient
 from triton_deq.models import CONFIGURATIONS, DEQTransformerLM, LanguageModelConfiguration, TransformerXL
 from triton_deq.ops.attention import Context, attention, spare_columns
+from triton_deq.solvers.graph_cache import GraphCache
 from triton_deq.timing import Call
 
 from ..cases import Case, Setting, Solved, Variant, ours
@@ -100,21 +101,24 @@ def _attention(
 
 
 def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
-    base = _configuration(size, setting)
+    base = configuration_of(size, setting)
     stacked = replace(base, layers=size.layers, inner=size.stacked, weight_norm=False)
     for name, backend in ours(setting):
-        yield Variant(name, partial(_step, setting, base, size, mode, backend), backend)
+        yield Variant(name, partial(step, setting, base, size, mode, backend), backend)
+        if setting.gpu and backend == "triton":
+            graphed = partial(step, setting, base, size, mode, backend, graph=True)
+            yield Variant(f"{name} graph", graphed, "cuda graph")
         if mode == "training":  # the penalty falls in a third of the steps: here in all, and in none
             penalised = replace(base, penalty=1.0, penalty_probability=1.0)
-            prepare = partial(_step, setting, penalised, size, mode, backend)
+            prepare = partial(step, setting, penalised, size, mode, backend)
             yield Variant(f"{name} penalised", prepare, backend)
-    xl = partial(_step, setting, stacked, size, mode, "auto")
+    xl = partial(step, setting, stacked, size, mode, "auto")
     yield Variant("transformer-xl", xl)
     if setting.compiled != "no" and setting.gpu:
         yield Variant("transformer-xl compiled", partial(xl, True), "inductor", compiles=True)
 
 
-def _configuration(size: Size, setting: Setting) -> LanguageModelConfiguration:
+def configuration_of(size: Size, setting: Setting) -> LanguageModelConfiguration:
     published = CONFIGURATIONS["wikitext103-pre-ln-jr"]
     if not setting.gpu or setting.scale == "tiny":  # a vocabulary that leaves the cells something to take
         published = replace(published, vocabulary=300, cutoffs=(100, 200), div_value=1)
@@ -134,23 +138,26 @@ def _configuration(size: Size, setting: Setting) -> LanguageModelConfiguration:
     )
 
 
-def _step(
+def step(
     setting: Setting,
     configuration: LanguageModelConfiguration,
     size: Size,
     mode: str,
     backend: str,
     compiled: bool = False,
+    graph: bool = False,
 ) -> Call:
     """One segment with memory, through embedding and softmax; in training with all gradients.
 
-    On a GPU under bfloat16 autocast.
+    On a GPU under bfloat16 autocast. graph: a DEQ's solves in CUDA graphs.
     """
     torch.manual_seed(setting.seed)
     kind: Callable[[Any], Any] = TransformerXL if configuration.layers else DEQTransformerLM
     with setting.device:
         model = kind(configuration).train(mode == "training")
         tokens = torch.randint(configuration.vocabulary, (size.batch, 2 * size.length + 1))
+    if graph:
+        model.deq.graph = GraphCache()
     first, second = tokens[:, : size.length], tokens[:, size.length :]
     autocast = partial(torch.autocast, setting.device.type, torch.bfloat16, enabled=setting.gpu)
     with torch.no_grad(), autocast(), ambient(backend):

@@ -1,5 +1,6 @@
 """The residual LayerNorm's kernels in the catalog."""
 
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -8,12 +9,25 @@ from .. import norm as kernels
 from .entry import BYTES, Budget, Entry, Pointer, name_of, unit_of
 
 
-def _norm(dtype: str, rows: int, width: int, per: int, note: str = "", *, recorded: bool = False) -> Entry:
-    """Of x, a branch and its mask, one row for per rows; recorded: n and 1/σ are written too."""
+def _norm(
+    dtype: str,
+    rows: int,
+    width: int,
+    per: int,
+    note: str = "",
+    *,
+    recorded: bool = False,
+    branch: str | None = None,
+) -> Entry:
+    """Of x, a branch and its mask, one row for per rows; recorded: n and 1/σ are written too.
+
+    branch: its dtype if not x's, as under autocast.
+    """
     pointers = ("x_ptr", "branch_ptr", "value_ptr", *(("normal_ptr",) if recorded else ()))
     others = ("mask_ptr", "gain_ptr", "offset_ptr", "normal_ptr")
     wide = Pointer("fp64" if dtype == "fp64" else "fp32")
-    tensors = 4 if recorded else 3
+    branch = branch or dtype
+    size = (3 if recorded else 2) * BYTES[dtype] + BYTES[branch]
     return Entry(
         op="norm",
         name=name_of("norm", dtype, width, note),
@@ -21,6 +35,7 @@ def _norm(dtype: str, rows: int, width: int, per: int, note: str = "", *, record
         shape=(rows, width),
         arguments={
             **dict.fromkeys((*pointers, *others), Pointer(dtype)),
+            "branch_ptr": Pointer(branch),
             "inverse_ptr": wide if recorded else Pointer(dtype),
             "B": rows,
             "per": per,
@@ -36,9 +51,9 @@ def _norm(dtype: str, rows: int, width: int, per: int, note: str = "", *, record
             **_tiles(dtype, width),
         },
         contiguous=pointers,
-        traffic=lambda entry, rows, width: (tensors * rows + rows // per + 2) * width * BYTES[entry.dtype],
+        traffic=lambda entry, rows, width: (size * rows + (rows // per + 2) * BYTES[dtype]) * width,
         work=lambda entry, rows, width: {unit_of(entry): 11 * rows * width},
-        budget=_budget(dtype, width),
+        budget=replace(_budget(dtype, width), load=_budget(branch, width).load),
         options=_options(width),
     )
 
@@ -100,6 +115,7 @@ def _budget(dtype: str, width: int) -> Budget:
 
 ENTRIES = (
     _norm("fp32", 2100, 700, 150),
+    _norm("fp32", 2100, 700, 150, "narrow branch", branch="bf16"),
     _norm("bf16", 2100, 700, 150),
     _norm("bf16", 4096, 1024, 512),
     _norm("fp32", 4096, 1024, 512, "recorded", recorded=True),

@@ -348,4 +348,7 @@ def test_a_narrower_branch_is_widened_also_under_autocast(backend, device):
     found = torch.autograd.grad(value, leaves, vector)
     expected = torch.autograd.grad(wanted, leaves, vector.double())
     assert [grad.dtype for grad in found] == [torch.float32, torch.bfloat16]
+    with torch.no_grad():
+        torch.testing.assert_close(op.norm_value(x, branch, backend=backend), value)
+        torch.testing.assert_close(op.norm(x, branch, backend=backend), (value, normal, inverse))
     torch.testing.assert_close(found[0], expected[0].float())

@@ -44,57 +44,59 @@ def test_check_every_is_checked(check_every):
         td.solve(torch.tanh, torch.ones(1, 2), check_every=check_every)
 
 
-class TestBackward:
-    def gradients(self, gradient, solver=None, scale=1.0, times=1):
-        torch.manual_seed(3)
-        f, weight, bias = tanh_map(3, 8)
-        for _ in range(times):
-            weight.grad = bias.grad = None
-            z, solution = td.fixed_point(
-                f,
-                torch.zeros(3, 8, dtype=torch.float64),
-                solver,
-                tol=1e-11,
-                max_steps=100,
-                gradient=gradient,
-                return_solution=True,
-            )
-            assert solution.backward is None
-            (scale * z.square().sum()).backward()
-        return solution, weight.grad / scale, bias.grad / scale
+def gradients(gradient, solver=None, scale=1.0, times=1):
+    """The solution of a small problem, and the gradients of its weight and bias."""
+    torch.manual_seed(3)
+    f, weight, bias = tanh_map(3, 8)
+    for _ in range(times):
+        weight.grad = bias.grad = None
+        z, solution = td.fixed_point(
+            f,
+            torch.zeros(3, 8, dtype=torch.float64),
+            solver,
+            tol=1e-11,
+            max_steps=100,
+            gradient=gradient,
+            return_solution=True,
+        )
+        assert solution.backward is None
+        (scale * z.square().sum()).backward()
+    return solution, weight.grad / scale, bias.grad / scale
 
+
+class TestBackward:
     def test_its_solution_is_reported(self):
-        solution, *_ = self.gradients(td.ImplicitGradient(tol=1e-10, max_steps=50))
+        solution, *_ = gradients(td.ImplicitGradient(tol=1e-10, max_steps=50))
         assert solution.backward.converged.all()
         assert (solution.backward.residual <= 1e-10).all()
-        solution, *_ = self.gradients(td.ImplicitGradient(tol=1e-12, max_steps=2))
+        solution, *_ = gradients(td.ImplicitGradient(tol=1e-12, max_steps=2))
         assert solution.backward.nfe == 2
         assert not solution.backward.converged.any()
 
     def test_throw(self):
         with pytest.raises(td.NotConverged):
-            self.gradients(td.ImplicitGradient(tol=1e-12, max_steps=2, throw=True))
+            gradients(td.ImplicitGradient(tol=1e-12, max_steps=2, throw=True))
 
     @pytest.mark.parametrize("scale", [1e-6, 1e6])
     def test_the_scale_of_the_loss_does_not_matter(self, scale):
         gradient = td.ImplicitGradient(tol=1e-6)
-        plain, *wanted = self.gradients(gradient)
-        scaled, *found = self.gradients(gradient, scale=scale)
+        plain, *wanted = gradients(gradient)
+        scaled, *found = gradients(gradient, scale=scale)
         assert scaled.backward.nfe == plain.backward.nfe
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
     def test_warm_start_needs_fewer_steps_for_the_same_gradient(self):
-        cold, *wanted = self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60), times=2)
-        warm, *found = self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, warm_start=True), times=2)
+        cold, *wanted = gradients(td.ImplicitGradient(tol=1e-9, max_steps=60), times=2)
+        warm, *found = gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, warm_start=True), times=2)
         assert warm.backward.nfe < cold.backward.nfe / 2
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
-class TestShine(TestBackward):
+class TestShine:
     """The forward Broyden's inverse, alone or as the start of the backward solve."""
 
     def broyden(self, **fields):
-        return self.gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, **fields), td.Broyden(memory=30))
+        return gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, **fields), td.Broyden(memory=30))
 
     def test_start_needs_fewer_steps_for_the_same_gradient(self):
         cold, *wanted = self.broyden()
@@ -106,13 +108,13 @@ class TestShine(TestBackward):
     def test_alone_is_near_the_gradient_and_solves_nothing(self):
         _, wanted, _ = self.broyden()
         solution, found, _ = self.broyden(shine="alone")
-        jacobian_free = self.gradients(td.PhantomGradient(), td.Broyden(memory=30))[1]
+        jacobian_free = gradients(td.PhantomGradient(), td.Broyden(memory=30))[1]
         assert solution.backward is None
         assert (found - wanted).norm() < 0.5 * (jacobian_free - wanted).norm()
 
     def test_needs_a_broyden(self):
         with pytest.raises(TypeError, match=r"shine='start'.*td\.Broyden"):
-            self.gradients(td.ImplicitGradient(shine="start"), td.Anderson())
+            gradients(td.ImplicitGradient(shine="start"), td.Anderson())
 
     @pytest.mark.parametrize("fields", [{"shine": "maybe"}, {"shine": "start", "warm_start": True}])
     def test_fields_are_checked(self, fields):

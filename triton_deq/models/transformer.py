@@ -72,14 +72,7 @@ class LanguageModel(nn.Module):
         Raises:
             TypeError, ValueError: ids that are none, shapes or a memory that do not fit.
         """
-        self._check_ids("tokens", tokens)
-        if targets is not None:
-            self._check_ids("targets", targets)
-            if targets.shape != tokens.shape:
-                raise ValueError(
-                    f"targets has shape {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: give each "
-                    "token the one that follows it"
-                )
+        self._check_ids(tokens=tokens, **({} if targets is None else {"targets": targets}))
         value, memory, solution, penalty = self._body(self._dropped(self.embedding(tokens)), memory)
         hidden = self._dropped(value)
         nll = None
@@ -104,18 +97,27 @@ class LanguageModel(nn.Module):
             return x
         return x * (x.new_empty(x.shape[0], 1, x.shape[-1]).bernoulli_(kept) / kept)
 
-    def _check_ids(self, name: str, ids: Any) -> None:
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
-            given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"{name} is {given}: give ids as an int64 tensor [B, T]")
-        if torch.compiler.is_compiling() or ids.numel() == 0:
+    def _check_ids(self, **given: Any) -> None:
+        """Ids by the name of their argument, the tokens first."""
+        for name, ids in given.items():
+            if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+                found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+                raise TypeError(f"{name} is {found}: give ids as an int64 tensor [B, T]")
+            if ids.shape != given["tokens"].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(ids.shape)} and tokens {tuple(given['tokens'].shape)}: give "
+                    "each token the one that follows it"
+                )
+        if torch.compiler.is_compiling() or given["tokens"].numel() == 0:
             return
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= self.configuration.vocabulary:
-            raise ValueError(
-                f"{name} has the id {low if low < 0 else high}, and ids run from 0 to "
-                f"{self.configuration.vocabulary - 1}: was it made with another vocabulary?"
-            )
+        # The host looks once: a GPU waits for each look.
+        bounds = torch.stack([bound for ids in given.values() for bound in torch.aminmax(ids)]).tolist()
+        for name, low, high in zip(given, bounds[::2], bounds[1::2], strict=True):
+            if low < 0 or high >= self.configuration.vocabulary:
+                raise ValueError(
+                    f"{name} has the id {low if low < 0 else high}, and ids run from 0 to "
+                    f"{self.configuration.vocabulary - 1}: was it made with another vocabulary?"
+                )
 
 
 class DEQTransformerLM(LanguageModel):
@@ -170,7 +172,7 @@ class DEQTransformerLM(LanguageModel):
     @torch.no_grad()
     def spectral_radius(self, tokens: Tensor, memory: Memory | None = None, steps: int = 150) -> Tensor:
         """`max |λ(J)|` at the equilibrium of each sequence, `[B]`; see `td.spectral_radius`."""
-        self._check_ids("tokens", tokens)
+        self._check_ids(tokens=tokens)
         out = self.deq((self._dropped(self.embedding(tokens)), memory))
         return spectral_radius(Injected(self.cell, out.injection), out.solution.value, steps)
 

@@ -133,7 +133,9 @@ class FeedforwardFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         s, weight, inner, mask = ctx.saved_tensors
         of_s, of_weight, of_bias, _ = ctx.needs_input_grad
-        inward = gated(grad if mask is None else grad * mask, inner).to(weight.dtype)
+        inward = gated(grad.to(weight.dtype), inner)
+        # In place, so that a mask of more bits, as under autocast, makes no wide copy of the hidden layer.
+        inward = inward if mask is None else inward.mul_(mask)
         rows = inward.flatten(0, -2)
         return (
             inward @ weight if of_s else None,

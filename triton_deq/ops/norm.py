@@ -54,10 +54,11 @@ def norm(
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
     _check(x, branch, mask, gain, offset, epsilon)
-    branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
-    if not kernels_serve(x, backend, branch, mask, gain, offset, autocast=True):
-        return reference.norm(x, branch, mask, gain, offset, epsilon)
-    if _recorded(x, branch, mask, gain, offset):
+    served = _served(x, backend, branch, mask, gain, offset)
+    if not served or _recorded(x, branch, mask, gain, offset):
+        branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
+        if not served:
+            return reference.norm(x, branch, mask, gain, offset, epsilon)
         value, normal, inverse = NormFunction.apply(x, branch, mask, gain, offset, epsilon)
         return value, value if normal is None else normal, inverse
     normal, inverse = _fresh(x) if gain is not None else None, _fresh_inverse(x)
@@ -80,10 +81,10 @@ def norm_value(
     out: where it is left, of x's shape and dtype; only without gradients.
     """
     _check(x, branch, mask, gain, offset, epsilon)
-    branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
-    served = kernels_serve(x, backend, branch, mask, gain, offset, autocast=True)
+    served = _served(x, backend, branch, mask, gain, offset)
     if served and not _recorded(x, branch, mask, gain, offset) and (out is None or out.is_contiguous()):
         return norm_fwd(x, branch, mask, gain, offset, epsilon, out)
+    branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
     if served:
         value = NormFunction.apply(x, branch, mask, gain, offset, epsilon)[0]
     else:
@@ -336,6 +337,15 @@ class NormVJPFunction(torch.autograd.Function):
 
 def _recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+
+
+def _served(x: Tensor, backend: str, *others: Tensor | None) -> bool:
+    """The kernels read in its own dtype what x's dtype holds."""
+    fit = all(
+        other is None or (other.device == x.device and torch.promote_types(other.dtype, x.dtype) == x.dtype)
+        for other in others
+    )
+    return fit and kernels_serve(x, backend, autocast=True)
 
 
 def _widened(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

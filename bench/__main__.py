@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = commands.add_parser("gpu", help="all that a borrowed GPU is needed for, in one call")
     gpu.add_argument("--minutes", type=float, default=9.0, help="end within this time (default 9)")
     gpu.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", metavar="DIR")
+    gpu.add_argument("--plan", choices=("prove", "measure"), help="only this half; default both")
     gpu.add_argument("--section", action="append", metavar="S", help="only this section; may be repeated")
     gpu.set_defaults(call=_gpu)
 
@@ -84,7 +85,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _gpu(arguments: argparse.Namespace) -> int:
     from .gpu import main as gpu
 
-    return gpu(arguments.minutes, arguments.output, arguments.section)
+    return gpu(arguments.minutes, arguments.output, arguments.section, arguments.plan)
 
 
 def _ledger(arguments: argparse.Namespace) -> int:

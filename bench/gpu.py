@@ -1,7 +1,10 @@
-"""`python -m bench gpu`: all that a borrowed GPU is needed for, in one call, without network or installation.
+"""`python -m bench gpu`: all that a borrowed GPU is needed for, without network or installation.
 
-Eight small files: rows.jsonl, verify.json, memcheck.txt, racecheck.txt, profile.txt, log.txt (all output),
-failures.txt (of sections that failed) and summary.txt. Each is on disk before the next section begins.
+Two plans, a call of nine minutes each: "prove" holds everything against its reference, "measure" times it.
+
+At most eight small files: rows.jsonl and models.jsonl (measurements), verify.json, sanitizer.txt,
+profile.txt, log.txt (all output), failures.txt (of sections that failed) and summary.txt. What a section
+found is on disk before the next one begins.
 """
 
 import os
@@ -15,14 +18,17 @@ import torch
 
 from . import ROOT
 from .runner import Deadline
-from .sections import SECTIONS
+from .sections import PLANS, SECTIONS
 
 RESERVE = 10.0
 """Seconds kept for the summary."""
 
 
-def main(minutes: float, output: Path, chosen: list[str] | None) -> int:
-    """Run the sections within `minutes`; 0 if all succeeded, 1 if one failed, 2 for an unknown one."""
+def main(minutes: float, output: Path, chosen: list[str] | None, plan: str | None = None) -> int:
+    """Run the sections within `minutes`; 0 if all succeeded, 1 if one failed, 2 for an unknown one.
+
+    chosen: their names; otherwise those of a plan, or all.
+    """
     unknown = [name for name in chosen or () if name not in SECTIONS]
     if unknown:
         print(f"unknown section {', '.join(unknown)}: choose from {', '.join(SECTIONS)}", file=sys.stderr)
@@ -34,7 +40,7 @@ def main(minutes: float, output: Path, chosen: list[str] | None) -> int:
         print("no GPU here: a rehearsal with tiny sizes and interpreted kernels; its rows prove nothing")
 
     deadline = Deadline(60 * minutes - RESERVE)
-    names = list(chosen or SECTIONS)
+    names = list(chosen or (SECTIONS if plan is None else PLANS[plan]))
     outcomes = []
     for position, name in enumerate(names):
         shares = sum(SECTIONS[other][0] for other in names[position:])

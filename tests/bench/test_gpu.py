@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, sections
+from bench.groups import GROUPS
+from bench.order import Order
+from bench.proofs import find_sanitizer, together
 from bench.rows import read, write
-from bench.sections import SECTIONS, find_sanitizer
+from bench.sections import MEASUREMENTS, PROOFS, SECTIONS
 from tests.bench.test_report import step_rows
 
 rehearsal = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to do it for real")
@@ -25,7 +28,7 @@ def test_sections_leave_their_files(tmp_path, capsys):
         write(tmp_path / "rows.jsonl", each)
     assert gpu.main(1.5, tmp_path, ["verify", "memcheck", "profile"]) == 0
     assert all(row["passed"] for row in json.loads((tmp_path / "verify.json").read_text()))
-    assert (tmp_path / "memcheck.txt").read_text().startswith("skipped: ")
+    assert (tmp_path / "sanitizer.txt").read_text().startswith("=== memcheck\nskipped: ")
     assert "Self CPU" in (tmp_path / "profile.txt").read_text()
     assert "verify     done" in (tmp_path / "summary.txt").read_text()
     out = capsys.readouterr().out
@@ -39,6 +42,58 @@ def test_rows_are_on_disk_when_a_section_ends(tmp_path):
     outcome = gpu.run_section("models", tmp_path, 120, "tiny")
     assert outcome == "done", (tmp_path / "log.txt").read_text()
     assert {row.group for row in read([tmp_path / "rows.jsonl"])} == {"kernels", "penalty", "training"}
+
+
+@rehearsal
+@pytest.mark.kernels
+def test_each_section_runs(tmp_path):
+    """Those that rows are not of; a rehearsal of them takes seconds."""
+    for name in ("tests", "demo", "versus"):
+        outcome = gpu.run_section(name, tmp_path, 180, "tiny")
+        assert outcome == "done", (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert " passed" in log
+    assert "train language-model --steps 1" in log
+    roles = {json.loads(line)["role"] for line in (tmp_path / "models.jsonl").read_text().splitlines()}
+    assert "model" in roles
+    assert len(roles) > 1
+
+
+def test_the_groups_of_all_measurements_exist():
+    """And every group is measured by a section."""
+    measured = {
+        name
+        for _, section in MEASUREMENTS.values()
+        for cell in section.__closure__ or ()
+        if isinstance(cell.cell_contents, list)
+        for name in cell.cell_contents
+    }
+    assert measured == set(GROUPS)
+
+
+def test_a_process_that_fails_fails_them_all(capsys):
+    ended = []
+    commands = {"good": ["-c", "print('fine')"], "bad": ["-c", "raise SystemExit(3)"]}
+    assert together(commands, ended.append) == 1
+    assert sorted(ended) == ["bad", "good"]
+    out = capsys.readouterr().out
+    assert "--- good: 0\nfine" in out
+    assert "--- bad: 3" in out
+    assert together({"good": commands["good"]}) == 0
+
+
+def test_whole_training_steps_are_profiled_first(tmp_path):
+    order = Order(tmp_path, 10, "full")
+    assert [group for group, _ in sections._whole_steps(order)] == ["language", "images"]
+    assert sections._worst(order) == []
+
+
+@pytest.mark.parametrize(("plan", "names"), [("prove", PROOFS), ("measure", MEASUREMENTS), (None, SECTIONS)])
+def test_a_plan_is_half_of_the_sections(plan, names, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu, "run_section", lambda name, *rest: ran.append(name) or "done")
+    assert gpu.main(9, tmp_path, None, plan) == 0
+    assert ran == list(names)
 
 
 def test_a_section_that_fails_leaves_its_traceback(tmp_path):
@@ -66,7 +121,8 @@ def test_time_is_shared_out(tmp_path, monkeypatch):
     )
     gpu.main(9, tmp_path, None)
     assert len(given) == len(SECTIONS)
-    assert given[0] == pytest.approx(90, rel=0.1)
+    shares = sum(share for share, _ in SECTIONS.values())
+    assert given[0] == pytest.approx((60 * 9 - gpu.RESERVE) * SECTIONS["verify"][0] / shares, rel=0.01)
     assert given[-1] == pytest.approx(60 * 9 - gpu.RESERVE, rel=0.1)
 
 

@@ -108,7 +108,8 @@ class _Operators(TorchDispatchMode):
         views = any(
             out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns
         )
-        if not views and func.namespace == "aten" and not name.startswith(_STILL):
+        gives = any(isinstance(each, Tensor) for each in tree_leaves(outputs))
+        if gives and not views and func.namespace == "aten" and not name.startswith(_STILL):
             count = flop_registry.get(func.overloadpacket)
             kind = "rest" if count is None else "products"
             self.ledger.add(kind, name, _work_of_operator(func, count, args, kwargs, outputs))

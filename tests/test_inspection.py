@@ -216,7 +216,10 @@ def call_norm(entry: Entry, x: torch.Tensor) -> None:
     values, width = entry.arguments, entry.shape[1]
     x, gain = x.view(-1, values["per"], width), x.new_zeros(width)
     mask, inverse = torch.zeros_like(x[:, :1]), norm._fresh_inverse(x)
-    if entry.name.startswith("norm_vjp"):
+    if entry.name.startswith("norm_vjp") and values["MASK"] and not values["BEND"]:
+        dtype = DTYPES[values["branch_out_ptr"].dtype]
+        norm.norm_vjps(x, x, inverse, x.to(dtype), mask, dtype, "triton")
+    elif entry.name.startswith("norm_vjp"):
         extra = (x, inverse, mask) if values["MASK"] else (None, None, None)
         norm.norm_vjp_fwd(x, x, inverse, gain, *extra)
     elif values["NORMAL"]:

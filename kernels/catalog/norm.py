@@ -58,12 +58,27 @@ def _norm(
     )
 
 
-def _norm_vjp(dtype: str, rows: int, width: int, per: int, note: str = "", *, general: bool = False) -> Entry:
-    """A product; general: as the backward pass of all three results, with the gradient of a masked branch."""
-    pointers = ("vector_ptr", "normal_ptr", "out_ptr", *(("shift_ptr", "branch_out_ptr") if general else ()))
+def _norm_vjp(
+    dtype: str,
+    rows: int,
+    width: int,
+    per: int,
+    note: str = "",
+    *,
+    general: bool = False,
+    narrow: str | None = None,
+) -> Entry:
+    """A product; general: as the backward pass of all three results, with the gradient of a masked branch.
+
+    narrow: as a step of the backward solve under autocast, with a summand and the branch's gradient of this
+    dtype.
+    """
+    both = general or narrow is not None
+    pointers = ("vector_ptr", "normal_ptr", "out_ptr", *(("shift_ptr", "branch_out_ptr") if both else ()))
     others = ("shift_ptr", "gain_ptr", "mask_ptr", "branch_out_ptr")
     wide = Pointer("fp64" if dtype == "fp64" else "fp32")
-    tensors = 5 if general else 3
+    narrow = narrow or dtype
+    size = 3 * BYTES[dtype] + (2 * BYTES[narrow] if both else 0)
     return Entry(
         op="norm",
         name=name_of("norm_vjp", dtype, width, note),
@@ -71,22 +86,23 @@ def _norm_vjp(dtype: str, rows: int, width: int, per: int, note: str = "", *, ge
         shape=(rows, width),
         arguments={
             **dict.fromkeys((*pointers, *others), Pointer(dtype)),
+            **(dict.fromkeys(("shift_ptr", "branch_out_ptr"), Pointer(narrow)) if both else {}),
             **dict.fromkeys(("bend_ptr", "inverse_ptr"), wide),
             "R": rows,
             "B": rows,
-            "per": per if general else 1,
+            "per": per if both else 1,
             "D": width,
             "VECTOR_STRIDE": width,
-            "GAIN": True,
-            "SHIFT": general,
+            "GAIN": general or not both,
+            "SHIFT": both,
             "BEND": general,
-            "MASK": general,
+            "MASK": both,
             **_tiles(dtype, width),
         },
         contiguous=pointers,
-        traffic=lambda entry, rows, width: (tensors * rows + 1) * width * BYTES[entry.dtype],
+        traffic=lambda entry, rows, width: (size * rows + BYTES[dtype]) * width,
         work=lambda entry, rows, width: {unit_of(entry): 9 * rows * width},
-        budget=_budget(dtype, width),
+        budget=_budget(narrow, width),
         options=_options(width),
     )
 
@@ -123,6 +139,7 @@ ENTRIES = (
     _norm("fp64", 128, 256, 16),
     _norm("fp32", 64, 16384, 16, "loop", recorded=True),
     _norm_vjp("fp32", 2100, 700, 150),
+    _norm_vjp("fp32", 2100, 700, 150, "narrow", narrow="bf16"),
     _norm_vjp("bf16", 2100, 700, 150),
     _norm_vjp("bf16", 4096, 1024, 512, "general", general=True),
     _norm_vjp("fp32", 4096, 1024, 512, "general", general=True),

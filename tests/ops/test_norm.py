@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import layer_norm
 
 from triton_deq.ops import norm as op
+from triton_deq.ops.launch import launch
 from triton_deq.reference import norm as reference
 from triton_deq.verification import BOUNDS, Case, check_norm
 from triton_deq.verification.case import relative_error
@@ -332,6 +333,56 @@ X = torch.ones(2, 3, 5)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradients_of_both_terms(summed, masked, backend, device):
+    x, branch, mask, _, _ = tensors(width=37, device=device)
+    mask = mask if masked else None
+    vector, more = torch.randn(2, *x.shape, dtype=x.dtype, device=device).unbind()
+    more = more if summed else None
+    value, normal, inverse = reference.norm(x, branch, mask)
+    wanted = torch.autograd.grad(value, [x, branch], vector if more is None else vector + more)
+    with torch.no_grad():
+        found = op.norm_vjps(vector, normal, inverse, more, mask, backend=backend)
+    torch.testing.assert_close(found, wanted)
+
+    given = [each for each in (vector, normal, inverse, more, mask) if each is not None]
+    leaves = [each.detach().requires_grad_() for each in given]
+
+    def both(*leaves):
+        rest = list(leaves[3:])
+        return op.norm_vjps(
+            *leaves[:3], rest.pop(0) if summed else None, rest.pop(0) if masked else None, backend=backend
+        )
+
+    assert gradcheck(both, leaves, fast_mode=True)
+
+
+@kernels
+def test_narrow_vectors_and_a_narrow_branch_in_one_launch(monkeypatch, device):
+    """As in a backward solve under autocast: what comes from products and goes into them has 16 bits."""
+    x, _, mask, _, _ = (each.detach() for each in tensors(width=37, dtype=torch.float32, device=device))
+    _, normal, inverse = reference.norm(x)
+    vector, more = torch.randn_like(x), torch.randn_like(x).half()
+    launches = []
+    monkeypatch.setattr(op, "launch", lambda *given, **named: (launches.append(1), launch(*given, **named)))
+    found = op.norm_vjps(vector, normal, inverse, more, mask, torch.float16, "triton")
+    assert len(launches) == 1
+    assert [each.dtype for each in found] == [torch.float32, torch.float16]
+    wanted = reference.norm_vjp(vector + more.float(), normal, inverse)
+    torch.testing.assert_close(found, (wanted, (wanted * mask).half()), rtol=1e-3, atol=1e-5)
+    (alone, same) = op.norm_vjps(more, normal, inverse, backend="triton")
+    assert alone is same
+    torch.testing.assert_close(alone, reference.norm_vjp(more.float(), normal, inverse))
+
+
+def test_a_value_of_fewer_bits(backend, device):
+    x, branch, mask, _, _ = (each.detach() for each in tensors(width=37, dtype=torch.float32, device=device))
+    found = op.norm_value(x, branch, mask, backend=backend, dtype=torch.float16)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found, reference.norm(x, branch, mask)[0].half(), rtol=2e-3, atol=1e-4)
 
 
 def test_a_narrower_branch_is_widened_also_under_autocast(backend, device):

@@ -19,7 +19,8 @@ from ..ops.attention import (
     with_mask,
 )
 from ..ops.feedforward import feedforward, feedforward_vjp
-from ..ops.norm import norm, norm_value, norm_vjp
+from ..ops.launch import transformed
+from ..ops.norm import norm, norm_value, norm_vjps
 from .layers import does_as, normalise_weight
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -313,10 +314,10 @@ class TransformerCell(nn.Module):
     def _vjp(self, z: Tensor, u: TransformerInjection) -> tuple[Tensor, "Pullback"]:
         kept: list[tuple[Tensor, Tensor]] = []
 
-        def keeping(*given: Any, out: None = None) -> Tensor:
+        def keeping(*given: Any, out: None = None, dtype: torch.dtype | None = None) -> Tensor:
             value, *rest = norm(*given)
             kept.append((rest[0], rest[1]))
-            return value
+            return value if dtype is None else value.to(dtype)
 
         value, heads, inner = self._evaluate(z, u, keeping)
         first = kept.pop(0) if self.pre_norm else None
@@ -332,7 +333,7 @@ class TransformerCell(nn.Module):
         if z.shape != u.shape:
             raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {u.shape}: give z that shape")
         masks = (None, None, None) if u.masks is None else u.masks[:3]
-        heads = self._heads(normed(z) if self.pre_norm else z, u)
+        heads = self._heads(normed(z, dtype=u.weights.qkv.dtype) if self.pre_norm else z, u)
         mixed = attention(*heads, u.context)
         branch = functional.linear(mixed.flatten(2), u.weights.out, self.out.bias)
         s = normed(z, branch, masks[0])
@@ -412,19 +413,28 @@ class Pullback:
 
     def _one(self, vector: Tensor) -> Tensor:
         weights, masks = self.u.weights, self.u.masks
-        at_s = vector if self.last is None else norm_vjp(vector, *self.last)
-        of_branch = at_s if masks is None else at_s * masks.pulled
+        pulled, dropped = (None, None) if masks is None else (masks.pulled, masks.attention)
+        if self.last is None:
+            at_s, of_branch = vector, _masked(vector, pulled, weights.down.dtype)
+        else:
+            at_s, of_branch = norm_vjps(vector, *self.last, mask=pulled, dtype=weights.down.dtype)
         of_inner = feedforward_vjp(of_branch, weights.down, self.inner)
-        at_s = at_s + _times(of_inner, weights.up).to(at_s.dtype)
+        more = _times(of_inner, weights.up)
 
-        at_z = norm_vjp(at_s, *self.middle)
-        of_branch = at_z if masks is None else at_z * masks.attention
+        at_z, of_branch = norm_vjps(at_s, *self.middle, more, dropped, weights.out.dtype)
         of_mixed = _times(of_branch, weights.out).view(self.heads[0].shape)
         of_heads = attention_vjp(of_mixed, *self.heads, self.u.context, evaluated=self.evaluated)
         of_n = _times(of_heads.flatten(2), weights.qkv)
         if self.first is not None:
-            of_n = norm_vjp(of_n.to(at_z.dtype), *self.first)
+            of_n = norm_vjps(of_n, *self.first)[0]
         return (at_z + of_n).to(self.dtype)
+
+
+def _masked(vector: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`m ⊙ v` in dtype, in one pass where no gradient is recorded."""
+    if mask is None or torch.is_grad_enabled() or transformed():
+        return (vector if mask is None else vector * mask).to(dtype)
+    return torch.mul(vector, mask, out=vector.new_empty(vector.shape, dtype=dtype))
 
 
 def _times(vector: Tensor, weight: Tensor) -> Tensor:

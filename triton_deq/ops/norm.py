@@ -75,11 +75,17 @@ def norm_value(
     epsilon: float = 1e-5,
     backend: str = "auto",
     out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The value of `norm` alone: where no gradient is recorded, nothing else is written.
 
-    out: where it is left, of x's shape and dtype; only without gradients.
+    out: where it is left, of x's shape and dtype; only without gradients. dtype: without out, of the value
+    instead of x's, for a product that takes fewer bits.
     """
+    if dtype is not None and out is None:
+        if torch.is_grad_enabled() or not _served(x, backend, branch, mask, gain, offset):
+            return norm_value(x, branch, mask, gain, offset, epsilon, backend).to(dtype)
+        out = x.new_empty(x.shape, dtype=dtype)
     _check(x, branch, mask, gain, offset, epsilon)
     served = _served(x, backend, branch, mask, gain, offset)
     if served and not _recorded(x, branch, mask, gain, offset) and (out is None or out.is_contiguous()):
@@ -116,6 +122,47 @@ def norm_vjp(
     if _recorded(vector, normal, inverse, gain):
         return NormVJPFunction.apply(vector, normal, inverse, gain)
     return norm_vjp_fwd(vector, normal, inverse, gain)[0]
+
+
+def norm_vjps(
+    vector: Tensor,
+    normal: Tensor,
+    inverse: Tensor,
+    more: Tensor | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `⟨v + w, n⟩` in both terms of a residual sum: `g` in x, and `m ⊙ g` in y.
+
+    `g = (u − mean(u) − n mean(u n)) / σ` with `u = v + w`, as in `norm_vjp`.
+
+    Args:
+        vector: v, of n's shape and of its dtype or one of fewer bits.
+        normal, inverse: n `[..., D]` and 1/σ `[..., 1]`, as `norm` gives them.
+        more: w, likewise, or None.
+        mask: m as in `norm`, or None.
+        dtype: of the second result, for the product that it goes into; n's by default.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        g in n's dtype and m ⊙ g in the other, in one launch where the kernels serve and no gradient is
+        recorded; differentiable to any order.
+    """
+    dtype = dtype or normal.dtype
+    fit = vector.shape == normal.shape and (more is None or more.shape == normal.shape)
+    fit = fit and inverse.dtype == accumulate_dtype(normal.dtype)
+    if not (fit and _served(normal, backend, vector, more, mask)) or _recorded(
+        vector, normal, inverse, more, mask
+    ):
+        total = vector if more is None else vector + more
+        value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
+        return value, (value if mask is None else value * mask).to(dtype)
+    branch_out = None if mask is None else normal.new_empty(normal.shape, dtype=dtype)
+    value, branch_value = norm_vjp_fwd(
+        vector, normal, inverse, None, more, None, mask, _fresh(normal), branch_out
+    )
+    return value, branch_value.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------- the launches
@@ -175,6 +222,7 @@ def norm_vjp_fwd(
     bend: Tensor | None = None,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    branch_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients in x and in the branch by the kernel; they are one tensor where there is no mask.
 
@@ -183,10 +231,12 @@ def norm_vjp_fwd(
         shift: the gradient in n, like vector, or None.
         bend: the gradient in 1/σ, `[..., 1]`, in its dtype, or None.
         mask: m, which broadcasts to n, or None.
-        out: where the gradient in x is left, contiguous.
+        out, branch_out: where the gradients in x and in the branch are left, contiguous.
     """
     value = _fresh(vector) if out is None else out
-    branch_value = value if mask is None else _fresh(vector)
+    branch_value = branch_out
+    if branch_value is None:
+        branch_value = value if mask is None else _fresh(vector)
     rows, stride = _rows(vector)
     normal_rows = normal.reshape(-1, normal.shape[-1]).contiguous()
     mask_rows, per = (rows, 1) if mask is None else _mask_rows(mask, normal.shape)
@@ -212,7 +262,7 @@ def norm_vjp_fwd(
         SHIFT=shift is not None,
         BEND=bend is not None,
         MASK=mask is not None,
-        WIDE=wide_dtype(vector.dtype),
+        WIDE=wide_dtype(normal.dtype),
         **constants,
     )
     return value, branch_value

@@ -73,7 +73,8 @@ def run_case(
 
     if calls:
         seconds, least = ROUNDS[setting.scale]
-        for name, times in interleave(calls, setting.watch, min(seconds, deadline.left()), least).items():
+        seconds, warm = min(seconds, deadline.left()), setting.scale != "tiny"
+        for name, times in interleave(calls, setting.watch, seconds, least, warm).items():
             facts[name] |= quantiles(times)
             facts[name] |= _rates(case, facts[name]["p50_ms"], environment)
     for variant in case.variants:

@@ -55,16 +55,17 @@ class Stopwatch:
 
 
 def interleave(
-    calls: Mapping[str, Call], watch: Stopwatch, seconds: float, least: int = 5
+    calls: Mapping[str, Call], watch: Stopwatch, seconds: float, least: int = 5, warm: bool = True
 ) -> dict[str, list[float]]:
     """Times of each call in milliseconds, in rounds, each in an order of its own.
 
     In a fixed order a variant would always find the caches and the threads of the same predecessor.
     At least `least` rounds, or three if they take ten times as long; then as many as fit into `seconds`.
+    warm: call each once before.
     """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:  # warm
+    for name in names if warm else ():
         calls[name]()
     shuffle = random.Random(0)
     start = time.perf_counter()

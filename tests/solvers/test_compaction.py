@@ -23,7 +23,7 @@ class Rates:
         return Rates(self.rates[samples], self.offset[samples], self.seen)
 
 
-def problem(device, batch=12):
+def problem(device, batch=8):
     rates = torch.linspace(0.05, 0.95, batch, dtype=torch.float64, device=device).flip(0)
     offset = torch.randn(batch, 6, dtype=torch.float64, device=device)
     return Rates(rates, offset, []), torch.zeros_like(offset)
@@ -43,7 +43,7 @@ def test_the_same_solution_from_fewer_rows(solver, backend, device):
     assert torch.equal(compact.steps, plain.steps)
     torch.testing.assert_close(compact.value, plain.value, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(compact.trace, plain.trace[: compact.nfe], rtol=1e-6, atol=1e-14)
-    assert compact.trace.shape == (compact.nfe, 12)
+    assert compact.trace.shape == (compact.nfe, 8)
 
 
 def test_a_sample_that_is_not_finite_is_dropped_and_remembered(backend, device):

@@ -92,22 +92,29 @@ class TestBackward:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
+def with_broyden(**fields):
+    return gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, **fields), td.Broyden(memory=30))
+
+
+@pytest.fixture(scope="module")
+def cold():
+    """Without SHINE."""
+    return with_broyden()
+
+
 class TestShine:
     """The forward Broyden's inverse, alone or as the start of the backward solve."""
 
-    def broyden(self, **fields):
-        return gradients(td.ImplicitGradient(tol=1e-9, max_steps=60, **fields), td.Broyden(memory=30))
-
-    def test_start_needs_fewer_steps_for_the_same_gradient(self):
-        cold, *wanted = self.broyden()
-        warm, *found = self.broyden(shine="start")
+    def test_start_needs_fewer_steps_for_the_same_gradient(self, cold):
+        cold, *wanted = cold
+        warm, *found = with_broyden(shine="start")
         assert warm.backward.converged.all()
         assert warm.backward.nfe < cold.backward.nfe
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
-    def test_alone_is_near_the_gradient_and_solves_nothing(self):
-        _, wanted, _ = self.broyden()
-        solution, found, _ = self.broyden(shine="alone")
+    def test_alone_is_near_the_gradient_and_solves_nothing(self, cold):
+        _, wanted, _ = cold
+        solution, found, _ = with_broyden(shine="alone")
         jacobian_free = gradients(td.PhantomGradient(), td.Broyden(memory=30))[1]
         assert solution.backward is None
         assert (found - wanted).norm() < 0.5 * (jacobian_free - wanted).norm()

@@ -39,6 +39,7 @@ import triton_deq.ops.launch
 from triton_deq.inspection.roofline import LAUNCH
 from triton_deq.timing import Call, Stopwatch
 
+from . import environment as environments
 from .cases import Setting
 from .groups import images, language
 from .roofline import DTYPES, Work, least_ms
@@ -300,7 +301,10 @@ def main(chosen: list[str] | None, device: str, output: Path | None, scale: str 
             f"no step is called {' or '.join(chosen or ())}: choose from {', '.join(steps)}", file=sys.stderr
         )
         return 2
-    text = ""
+    environment = environments.look(torch.device("cpu"))
+    changed = " with changes" if environment.dirty else ""
+    text = f"commit {environment.commit}{changed}, torch {environment.versions['torch']}\n\n"
+    print(text, end="")
     for name in names:
         part = table(name, count(steps[name], device))
         print(part, flush=True)

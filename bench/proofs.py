@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,13 @@ def tests(order: Order) -> int:
     """The tests of this checkout on the device."""
     chosen, processes = (TESTS, workers()) if order.scale == "full" else (("test_timing.py",), 0)
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "--dist", "loadfile"]
-    command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in chosen)]
-    return subprocess.run(command).returncode
+    command += ["-v", "-p", "no:cacheprovider", *(str(Path("tests") / name) for name in chosen)]
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(order.seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # so it still tells what failed
+        return process.wait()
 
 
 def verify(order: Order) -> int:

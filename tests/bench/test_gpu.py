@@ -1,11 +1,13 @@
 """`python -m bench gpu`, rehearsed with Triton's interpreter standing in for the GPU."""
 
 import json
+import signal
+import subprocess
 
 import pytest
 import torch
 
-from bench import gpu, sections
+from bench import gpu, proofs, sections
 from bench.groups import GROUPS
 from bench.order import Order
 from bench.proofs import find_sanitizer, together
@@ -69,6 +71,25 @@ def test_the_groups_of_all_measurements_exist():
         for name in cell.cell_contents
     }
     assert measured == set(GROUPS)
+
+
+def test_tests_that_take_too_long_are_asked_to_tell_what_failed(tmp_path, monkeypatch):
+    class Slow:
+        def __init__(self, command):
+            assert "-v" in command
+
+        def wait(self, seconds=None):
+            if not seen:
+                raise subprocess.TimeoutExpired("pytest", seconds)
+            return 2
+
+        def send_signal(self, number):
+            seen.append(number)
+
+    seen = []
+    monkeypatch.setattr(proofs.subprocess, "Popen", Slow)
+    assert proofs.tests(Order(tmp_path, 6, "full")) == 2
+    assert seen == [signal.SIGINT]
 
 
 def test_a_process_that_fails_fails_them_all(capsys):

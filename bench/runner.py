@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from triton_deq import backend as backends
 from triton_deq.memory import peak_bytes
 from triton_deq.timing import interleave, quantiles
 
@@ -65,7 +66,8 @@ def run_case(
             call = variant.prepare()
             result, first[variant.name] = setting.watch.first(call)
             facts[variant.name] |= _outcome(case, result)
-            if setting.gpu or not variant.compiles:  # a CPU's compiled code allocates out of sight
+            # A CPU's compiled code allocates out of sight, and an interpreter for itself.
+            if setting.gpu or not (variant.compiles or backends.interpreting()):
                 facts[variant.name]["peak_bytes"] = peak_bytes(call, setting.device)
             calls[variant.name] = call
         except Exception as error:  # whatever a peer raises is a fact about it

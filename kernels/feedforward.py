@@ -116,5 +116,6 @@ def feedforward_vjp_kernel(
     )
     inside = present[:, None] & (columns < N)[None, :]
     tile = begin.to(tl.int64) * N + (rows[:, None] * N + columns[None, :])
-    inner = tl.load(inner_ptr + tile, mask=inside, other=0)
+    # Compared in WIDE: some interpreters compare the bits of bfloat16.
+    inner = tl.load(inner_ptr + tile, mask=inside, other=0).to(WIDE)
     tl.store(out_ptr + tile, tl.where(inner <= 0, 0, value), mask=inside)

@@ -23,7 +23,7 @@ class Rates:
         return Rates(self.rates[samples], self.offset[samples], self.seen)
 
 
-def problem(device, batch=8):
+def problem(device, batch=12):
     rates = torch.linspace(0.05, 0.95, batch, dtype=torch.float64, device=device).flip(0)
     offset = torch.randn(batch, 6, dtype=torch.float64, device=device)
     return Rates(rates, offset, []), torch.zeros_like(offset)
@@ -32,7 +32,7 @@ def problem(device, batch=8):
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_the_same_solution_from_fewer_rows(solver, backend, device):
     options = {"tol": 1e-7, "max_steps": 300 if backend == "reference" else 25, "trace": True}
-    f, z0 = problem(device)
+    f, z0 = problem(device, batch=8)
     plain = td.solve(f, z0, solver, **options, backend=backend)
     everything = sum(f.seen)
     f.seen.clear()

@@ -22,7 +22,7 @@ SOLVERS = [
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_fixed_point_of_a_linear_map(solver, backend, device):
-    f, answer, _ = linear_map(0.5, 3, 7, device=device)
+    f, answer, _ = linear_map(0.3, 2, 7, device=device)
     solution = td.solve(f, torch.zeros_like(answer), solver, tol=1e-7, max_steps=80, backend=backend)
     assert solution.converged.all()
     torch.testing.assert_close(solution.value, answer, rtol=0, atol=1e-5)

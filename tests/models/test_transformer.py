@@ -137,9 +137,9 @@ def test_bad_input_is_named():
     model = DEQTransformerLM(TINY)
     tokens = ids()
     with pytest.raises(ValueError, match="tokens has the id 60, and ids run from 0 to 59"):
-        model(tokens.clone().fill_(60))
+        model(torch.tensor([[3, 60, 0]]))
     with pytest.raises(ValueError, match="targets has the id -1"):
-        model(tokens, tokens - tokens - 1)
+        model(torch.tensor([[3, 5, 0]]), torch.tensor([[5, 0, -1]]))
     with pytest.raises(TypeError, match=r"tokens is torch\.float32"):
         model(tokens.float())
     with pytest.raises(ValueError, match=r"targets has shape \(2, 6\)"):

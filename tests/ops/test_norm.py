@@ -380,9 +380,12 @@ def test_narrow_vectors_and_a_narrow_branch_in_one_launch(monkeypatch, device):
 
 def test_a_value_of_fewer_bits(backend, device):
     x, branch, mask, _, _ = (each.detach() for each in tensors(width=37, dtype=torch.float32, device=device))
-    found = op.norm_value(x, branch, mask, backend=backend, dtype=torch.float16)
-    assert found.dtype == torch.float16
-    torch.testing.assert_close(found, reference.norm(x, branch, mask)[0].half(), rtol=2e-3, atol=1e-4)
+    wanted = reference.norm(x, branch, mask)[0].half()
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording):
+            found = op.norm_value(x, branch, mask, backend=backend, dtype=torch.float16)
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
 
 
 def test_a_narrower_branch_is_widened_also_under_autocast(backend, device):

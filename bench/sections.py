@@ -25,11 +25,9 @@ from .runner import Deadline
 from .session import run_groups
 
 
-def _bench(groups: list[str], compiled: str) -> Callable[[Order], int]:
-    def section(order: Order) -> int:
-        return run_groups(groups, order.scale, compiled, order.rows, 0, order.output, order.seconds)
-
-    return section
+def bench(groups: list[str], compiled: str, order: Order) -> int:
+    """`python -m bench run` of these groups."""
+    return run_groups(groups, order.scale, compiled, order.rows, 0, order.output, order.seconds)
 
 
 def profile(order: Order) -> int:
@@ -120,13 +118,16 @@ PROOFS: dict[str, tuple[float, Section]] = {
     "racecheck": (50, proofs.sanitize("racecheck")),
 }
 MEASUREMENTS: dict[str, tuple[float, Section]] = {
-    "solvers": (100, _bench(["ceilings", "step", "solve"], "no")),
-    "wholes": (110, _bench(["images", "language"], "no")),
-    "models": (80, _bench(["kernels", "penalty", "training"], "no")),
+    "solvers": (100, partial(bench, ["ceilings", "step", "solve"], "no")),
+    "wholes": (110, partial(bench, ["images", "language"], "no")),
+    "models": (80, partial(bench, ["kernels", "penalty", "training"], "no")),
     "versus": (90, versus),
-    "compiled": (110, _bench(["step", "solve", "training", "language", "penalty", "kernels"], "only")),
+    "compiled": (
+        110,
+        partial(bench, ["step", "solve", "training", "language", "penalty", "kernels"], "only"),
+    ),
     "profile": (30, profile),
-    "compat": (20, _bench(["compat"], "no")),
+    "compat": (20, partial(bench, ["compat"], "no")),
 }
 """By name, the most valuable first: the share of the time, in seconds of nine minutes, and the section."""
 PLANS = {"prove": PROOFS, "measure": MEASUREMENTS}

@@ -386,6 +386,24 @@ def test_a_value_of_fewer_bits(backend, device):
             found = op.norm_value(x, branch, mask, backend=backend, dtype=torch.float16)
         assert found.dtype == torch.float16
         torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float16 with out"):
+        op.norm_value(x, out=torch.empty_like(x), dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vector": torch.ones(2, 3, 4)}, "vector has shape"),
+        ({"more": torch.ones(3, 5)}, "more has shape"),
+        ({"inverse": torch.ones(2, 3)}, "inverse has shape"),
+        ({"mask": torch.ones(2, 2, 5)}, "mask has shape"),
+    ],
+)
+def test_both_gradients_refuse_shapes_that_do_not_fit(change, message):
+    given = {"vector": X, "normal": X, "inverse": X[..., :1], "more": X, "mask": X[:, :1]}
+    op.norm_vjps(**given)
+    with pytest.raises(ValueError, match=message):
+        op.norm_vjps(**given | change)
 
 
 def test_a_narrower_branch_is_widened_also_under_autocast(backend, device):

@@ -79,23 +79,22 @@ def norm_value(
 ) -> Tensor:
     """The value of `norm` alone: where no gradient is recorded, nothing else is written.
 
-    out: where it is left, of x's shape and dtype; only without gradients. dtype: without out, of the value
-    instead of x's, for a product that takes fewer bits.
+    out: where it is left, of x's shape and dtype; only without gradients. dtype: of the value instead of x's,
+    for a product that takes fewer bits; then without out.
     """
-    if dtype is not None and out is None:
-        if torch.is_grad_enabled() or not _served(x, backend, branch, mask, gain, offset):
-            return norm_value(x, branch, mask, gain, offset, epsilon, backend).to(dtype)
-        out = x.new_empty(x.shape, dtype=dtype)
     _check(x, branch, mask, gain, offset, epsilon)
+    if out is not None and dtype is not None:
+        raise ValueError(f"dtype={dtype} with out, whose dtype is {out.dtype}: give one of the two")
     served = _served(x, backend, branch, mask, gain, offset)
     if served and not _recorded(x, branch, mask, gain, offset) and (out is None or out.is_contiguous()):
+        out = x.new_empty(x.shape, dtype=dtype or x.dtype) if out is None else out
         return norm_fwd(x, branch, mask, gain, offset, epsilon, out)
     branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
     if served:
         value = NormFunction.apply(x, branch, mask, gain, offset, epsilon)[0]
     else:
         value = reference.norm_value(x, branch, mask, gain, offset, epsilon)
-    return value if out is None else out.copy_(value)
+    return value.to(dtype or x.dtype) if out is None else out.copy_(value)
 
 
 def norm_vjp(
@@ -148,13 +147,21 @@ def norm_vjps(
     Returns:
         g in n's dtype and m ⊙ g in the other, in one launch where the kernels serve and no gradient is
         recorded; differentiable to any order.
+
+    Raises:
+        ValueError: shapes that do not go together.
     """
+    for name, term in (("vector", vector), ("more", more)):
+        if term is not None and term.shape != normal.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(term.shape)}, normal has {tuple(normal.shape)}: give them one shape"
+            )
+    _check_vjp(vector, normal, inverse, None)
+    _check_mask(mask, normal)
     dtype = dtype or normal.dtype
-    fit = vector.shape == normal.shape and (more is None or more.shape == normal.shape)
-    fit = fit and inverse.dtype == accumulate_dtype(normal.dtype)
-    if not (fit and _served(normal, backend, vector, more, mask)) or _recorded(
-        vector, normal, inverse, more, mask
-    ):
+    fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
+    served = fit and _served(normal, backend, vector, more, mask)
+    if not served or _recorded(vector, normal, inverse, more, mask):
         total = vector if more is None else vector + more
         value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
         return value, (value if mask is None else value * mask).to(dtype)
@@ -462,11 +469,7 @@ def _check(
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} without a branch to multiply: give branch, or leave it out"
         )
-    if mask is not None and not _broadcasts(mask.shape, x.shape):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, which does not broadcast to x's {tuple(x.shape)}: give it "
-            "1 or x's own number in each dimension"
-        )
+    _check_mask(mask, x)
     if (gain is None) != (offset is None):
         given, missing = ("gain", "offset") if offset is None else ("offset", "gain")
         raise ValueError(f"{given} was given and {missing}=None: give both, or neither")
@@ -486,6 +489,14 @@ def _check_vjp(vector: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor | N
             f"shape {(*normal.shape[:-1], 1)}, as norm returns it"
         )
     _check_width("gain", gain, normal.shape[-1])
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    if mask is not None and not _broadcasts(mask.shape, x.shape):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, which does not broadcast to x's {tuple(x.shape)}: give it "
+            "1 or x's own number in each dimension"
+        )
 
 
 def _check_width(name: str, parameter: Tensor | None, width: int) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import triton_deq as td
 from triton_deq.deq import Injected
+from triton_deq.timing import Call
 
 Function = Callable[[Tensor], Tensor]
 
@@ -50,6 +51,35 @@ class Problem:
         with torch.no_grad():
             value = self.f(z).double().flatten(1)
         return ((value - z.double().flatten(1)).norm(dim=1) / value.norm(dim=1)).max().item()
+
+
+class Cell(nn.Module):
+    """A problem as a DEQ's cell, whose input is the bias."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.kind = problem.kind
+        self.register_buffer("weight", problem.weight)
+
+    def inject(self, bias: Tensor) -> Tensor:
+        return bias
+
+    def forward(self, z: Tensor, bias: Tensor) -> Tensor:
+        weight = self.get_buffer("weight")
+        return Problem(self.kind, weight, bias)._value(z)
+
+
+def in_graphs(problem: Problem, solver: td.Anderson | td.Broyden, tol: float, max_steps: int) -> Call:
+    """A `td.DEQ` with `graph=True`, which captures once and keeps; its value and evaluations of f."""
+    cell = problem.cell or Cell(problem)
+    deq = td.DEQ(cell, solver, tol=tol, max_steps=max_steps, graph=True).eval()
+
+    @torch.no_grad()
+    def call() -> tuple[Tensor, int]:
+        out = deq(problem.bias)
+        return out.value, out.solution.nfe
+
+    return call
 
 
 def make(

@@ -35,8 +35,16 @@ CASES = 24
 def tests(order: Order) -> int:
     """The tests of this checkout on the device."""
     chosen, processes = (TESTS, workers()) if order.scale == "full" else (("test_timing.py",), 0)
-    command = [sys.executable, "-m", "pytest", "-v", "-n", str(processes), "--dist", "loadfile"]
-    command += ["-p", "no:cacheprovider", *(str(Path("tests") / name) for name in chosen)]
+    command = [sys.executable, "-m", "pytest", "-v", "-n", str(processes), "--dist", "worksteal"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "bench.telling",
+        "--tb",
+        "short",
+        *(str(Path("tests") / name) for name in chosen),
+    ]
     process = subprocess.Popen(command)
     try:
         return process.wait(order.seconds)

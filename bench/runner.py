@@ -19,6 +19,8 @@ from .rows import Row
 
 ROUNDS = {"tiny": (0.0, 1), "quick": (0.5, 5), "full": (2.0, 9)}
 """How many seconds the variants of a case take turns, and the least number of rounds."""
+GPU_SECONDS = 0.5
+"""On a GPU at most: its events are steady, and its minutes are dear."""
 
 
 class Deadline:
@@ -75,7 +77,8 @@ def run_case(
 
     if calls:
         seconds, least = ROUNDS[setting.scale]
-        seconds, warm = min(seconds, deadline.left()), setting.scale != "tiny"
+        seconds, warm = min(seconds, GPU_SECONDS) if setting.gpu else seconds, setting.scale != "tiny"
+        seconds = min(seconds, deadline.left())
         for name, times in interleave(calls, setting.watch, seconds, least, warm).items():
             facts[name] |= quantiles(times)
             facts[name] |= _rates(case, facts[name]["p50_ms"], environment)

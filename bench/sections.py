@@ -108,8 +108,18 @@ def versus(order: Order) -> int:
     return max(codes)
 
 
+def warm(order: Order) -> int:
+    """Compile our kernels of the groups to come, on all cores; see `bench.warming`."""
+    parts = proofs.workers()
+    groups = WARMED if order.scale == "full" else WARMED[:1]
+    words = [["-m", "bench.warming", str(part), str(parts), order.scale, *groups] for part in range(parts)]
+    return proofs.together({f"warm {part}": each for part, each in enumerate(words)})
+
+
 Section = Callable[[Order], int]
 
+WARMED = ("tuning", "step", "solve", "kernels", "penalty", "training", "language", "images")
+"""The groups whose kernels are compiled before anything is timed."""
 PROOFS: dict[str, tuple[float, Section]] = {
     "verify": (130, proofs.verify),
     "tests": (200, proofs.tests),
@@ -118,6 +128,8 @@ PROOFS: dict[str, tuple[float, Section]] = {
     "racecheck": (50, proofs.sanitize("racecheck")),
 }
 MEASUREMENTS: dict[str, tuple[float, Section]] = {
+    "warm": (60, warm),
+    "tuning": (50, partial(bench, ["tuning"], "no")),
     "solvers": (100, partial(bench, ["ceilings", "step", "solve"], "no")),
     "wholes": (110, partial(bench, ["images", "language"], "no")),
     "models": (80, partial(bench, ["kernels", "penalty", "training"], "no")),
@@ -126,7 +138,7 @@ MEASUREMENTS: dict[str, tuple[float, Section]] = {
         110,
         partial(bench, ["step", "solve", "training", "language", "penalty", "kernels"], "only"),
     ),
-    "profile": (30, profile),
+    "profile": (35, profile),
     "compat": (20, partial(bench, ["compat"], "no")),
 }
 """By name, the most valuable first: the share of the time, in seconds of nine minutes, and the section."""

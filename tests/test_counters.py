@@ -34,7 +34,8 @@ def steps_of(f, z0, solver=None, **options):
 def test_budgets_of_a_step(name, device, backend):
     """Two launches and next to no operators by the kernels; one look by the host; no new state-sized tensor.
 
-    The operators beside the kernels are the flag that the host looks at: on a GPU its buffer and its copy.
+    The operators beside the kernels are the flag that the host looks at: its copy, the reading of that, and
+    at first the place for it.
     """
     f, z0 = problem(device)
     for step in steps_of(f, z0, SOLVERS[name], **FULL, backend=backend):
@@ -42,7 +43,7 @@ def test_budgets_of_a_step(name, device, backend):
         assert step.allocated == []
         if backend == "triton":
             assert step.launches == [f"{name}_residual_kernel", f"{name}_advance_kernel"]
-            assert step.operators.total() <= 2
+            assert step.operators.total() <= 3
         else:
             assert step.launches == []
 

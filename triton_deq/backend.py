@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,4 +76,10 @@ def _obstacle(tensor: Tensor) -> str:
         return "the tensor is on the CPU and TRITON_INTERPRET is not set"
     if kind not in ("cpu", "cuda"):  # ROCm devices carry the name "cuda" too
         return f"there are no kernels for a tensor on {kind!r}"
-    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
+    return "" if _installed() else "the package triton is not installed"
+
+
+@cache
+def _installed() -> bool:
+    """Asked for at every op, and a search for a package takes as long as a launch."""
+    return importlib.util.find_spec("triton") is not None

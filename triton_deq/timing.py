@@ -103,9 +103,10 @@ def graphed(call: Call, watch: Stopwatch) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = call()
+    held = result, call  # and with the call the tensors that the graph reads
 
     def replay() -> Any:
         graph.replay()
-        return result
+        return held[0]
 
     return replay

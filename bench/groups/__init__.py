@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ..cases import Case, Setting
-from . import ceilings, compat, images, kernels, language, penalty, solve, step, training
+from . import ceilings, compat, images, kernels, language, penalty, solve, step, training, tuning
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "ceilings": ceilings.cases,
@@ -15,4 +15,5 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "language": language.cases,
     "images": images.cases,
     "compat": compat.cases,
+    "tuning": tuning.cases,
 }

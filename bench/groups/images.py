@@ -17,7 +17,7 @@ from triton_deq.deq import Injected
 from triton_deq.models import IMAGE_CONFIGURATIONS, MDEQClassifier, MDEQConfiguration
 from triton_deq.timing import Call
 
-from ..cases import Case, Setting, Solved, Variant, ours
+from ..cases import Case, Setting, Solved, Variant, kernels_alone
 from ..peers.mdeq import PlainMDEQ
 
 GROUP = "images"
@@ -97,7 +97,7 @@ Evaluation = Callable[[Given, bool], Call]
 
 
 def _layers(setting: Setting, size: Size, evaluation: Evaluation) -> Iterator[Variant]:
-    for name, backend in ours(setting):
+    for name, backend in kernels_alone(setting):
         yield Variant(name, partial(_prepare, setting, size, evaluation, backend, False), backend)
     yield Variant("plain layer", partial(_prepare, setting, size, evaluation, "reference", True))
 
@@ -187,7 +187,7 @@ def _function(given: Given, plain: bool) -> Any:
 
 
 def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
-    for name, backend in ours(setting):
+    for name, backend in kernels_alone(setting):
         yield Variant(name, partial(step, setting, size, mode, backend, None), backend)
         if setting.gpu and backend == "triton":
             graphed = partial(step, setting, size, mode, backend, None, graph=True)

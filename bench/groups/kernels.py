@@ -12,28 +12,36 @@ from triton_deq.ops.launch import MAX_BLOCK
 from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Variant, ours
-from ..roofline import DTYPES, of_kernels
+from ..roofline import DTYPES, Work, of_kernels
 from . import maps
-from .step import GPU_SHAPES, HISTORY, SHAPES
+from .step import HISTORY, SHAPES
 
 GROUP = "kernels"
 MEMORY = 10
 LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
-    "tiny": {"wide": [(2, 16)], "narrow": [(2, 16)], "rows": [(2, 16)]},
-    "quick": {"wide": [(128, 512)], "narrow": [(128, 128)], "rows": [(300, 700)]},
-    "full": {"wide": [(128, 1024)], "narrow": [(128, 128)], "rows": [(2100, 700)]},
+    "tiny": {"wide": [(2, 16)], "narrow": [(2, 16)], "rows": [(2, 16)], "states": [(2, 16)]},
+    "quick": {"wide": [(128, 512)], "narrow": [(128, 128)], "rows": [(300, 700)], "states": [(300, 700)]},
+    "full": {"wide": [(128, 1024)], "narrow": [(128, 128)], "rows": [(2100, 700)], "states": [(2100, 700)]},
 }
+STATES = {"tiny": SHAPES["tiny"], "quick": [(32, 16384)], "full": [(32, 16384), (32, 1048576)]}
 GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
     "tiny": LAYERS["tiny"],
-    "quick": {"wide": [(4096, 2048)], "narrow": [(1024, 128)], "rows": [(2100, 700)]},
+    "quick": {
+        "wide": [(4096, 2048)],
+        "narrow": [(1024, 128)],
+        "rows": [(2100, 700)],
+        "states": [(2100, 704)],
+    },
     "full": {
         "wide": [(1024, 1024), (4096, 2048)],
         "narrow": [(1024, 64), (1024, 128), (1024, 256)],
         "rows": [(2100, 700), (16384, 1024)],
+        "states": [(2100, 704)],
     },
 }
-"""(batch, width) of a layer, of a cell whose whole solve is one launch, and of a LayerNorm's rows: the
-paper's Transformer is 700 wide, on 14 sequences of 150."""
+"""(batch, width) of a layer, of a cell whose whole solve is one launch, of a LayerNorm's rows, and of the
+states that a feed-forward takes: the paper's Transformer is 700 wide, on 14 sequences of 150, its products
+on a GPU are 704."""
 ATTENTIONS: dict[str, list[tuple[int, int]]] = {"tiny": [(1, 4)], "quick": [(2, 64)], "full": [(4, 150)]}
 GPU_ATTENTIONS: dict[str, list[tuple[int, int]]] = {
     "tiny": ATTENTIONS["tiny"],
@@ -41,6 +49,13 @@ GPU_ATTENTIONS: dict[str, list[tuple[int, int]]] = {
     "full": [(14, 150), (14, 512)],
 }
 """(batch, queries); as many keys in memory, 10 heads of 70, as in the paper's model for WikiText-103."""
+ATTENTION = (
+    "attention",
+    "attention_query_vjp",
+    "attention_key_vjp",
+    "attention_position_vjp",
+    "attention_jvp",
+)
 RULE: dict[str, Any] = {
     "relative": True,
     "over_batch": False,
@@ -53,7 +68,7 @@ BROYDEN_RULE: dict[str, Any] = {"relative": True, "over_batch": False, "last": F
 
 def cases(setting: Setting) -> Iterator[Case]:
     dtypes = [torch.float32, torch.bfloat16] if setting.gpu else [torch.float32]
-    for shape in (GPU_SHAPES if setting.gpu else SHAPES)[setting.scale]:
+    for shape in (STATES if setting.gpu else SHAPES)[setting.scale]:
         for dtype in dtypes:
             name = DTYPES[dtype]
             for op, kernel, call, peers in (
@@ -79,8 +94,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         ("mlp_solve", "narrow", _mlp_solve, _mlp_solve_torch),
         ("norm", "rows", _norm, _norm_torch),
         ("norm_vjp", "rows", _norm_vjp, _norm_vjp_torch),
-        ("feedforward", "rows", _feedforward, _feedforward_torch),
-        ("feedforward_vjp", "rows", _feedforward_vjp, _feedforward_vjp_torch),
+        ("feedforward", "states", _feedforward, _feedforward_torch),
+        ("feedforward_vjp", "states", _feedforward_vjp, _feedforward_vjp_torch),
     )
     for kernel, width, make, peer in layers:
         for shape in (GPU_LAYERS if setting.gpu else LAYERS)[setting.scale][width]:
@@ -88,22 +103,10 @@ def cases(setting: Setting) -> Iterator[Case]:
                 variants = _variants(
                     setting, shape, dtype, make, {"torch": peer}, single=kernel != "mlp_solve"
                 )
-                yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
-
-    for kernel in (
-        "attention",
-        "attention_query_vjp",
-        "attention_key_vjp",
-        "attention_position_vjp",
-        "attention_jvp",
-    ):
-        make, peer = partial(_attention, kernel), partial(_attention_torch, kernel)
-        for shape in (GPU_ATTENTIONS if setting.gpu else ATTENTIONS)[setting.scale]:
-            for dtype in dtypes:
-                variants = _variants(
-                    setting, shape, dtype, make, {"torch": peer}, single=kernel == "attention"
-                )
-                yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
+                # A norm reads two tensors and writes one.
+                traffic = 3 * shape[0] * shape[1] * dtype.itemsize
+                work = Work(traffic, {}) if kernel in ("norm", "norm_vjp") else None
+                yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants), work=work)
 
     between = (
         ("groupnorm", maps.groupnorm, maps.groupnorm_torch),
@@ -118,7 +121,17 @@ def cases(setting: Setting) -> Iterator[Case]:
                 # What goes through the autograd engine is neither compiled nor captured.
                 single = kernel in ("groupnorm", "fusion", "fusion_vjp")
                 variants = _variants(setting, size, dtype, make, {"torch": peer}, single=single)
-                yield Case(GROUP, kernel, "forward", dtype, size, tuple(variants))
+                work = maps.work(kernel, size, dtype)
+                yield Case(GROUP, kernel, "forward", dtype, size, tuple(variants), work=work)
+
+    for kernel in ATTENTION:
+        make, peer = partial(_attention, kernel), partial(_attention_torch, kernel)
+        for shape in (GPU_ATTENTIONS if setting.gpu else ATTENTIONS)[setting.scale]:
+            for dtype in dtypes:
+                variants = _variants(
+                    setting, shape, dtype, make, {"torch": peer}, single=kernel == "attention"
+                )
+                yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants))
 
 
 def _variants(
@@ -604,3 +617,24 @@ def _backward(
         leaf.requires_grad_()
     value = function(q, k, v, context)
     return lambda: torch.autograd.grad(value, leaves, vector, retain_graph=True)
+
+
+CALLS: dict[str, Callable[..., Call]] = {
+    "anderson_residual": _residual,
+    "anderson_advance": _advance,
+    "anderson_step": _step,
+    "broyden_residual": _broyden_residual,
+    "broyden_advance": _broyden_advance,
+    "mlp": _mlp,
+    "mlp_vjp": _mlp_vjp,
+    "norm": _norm,
+    "norm_vjp": _norm_vjp,
+    "feedforward": _feedforward,
+    "feedforward_vjp": _feedforward_vjp,
+    **{name: partial(_attention, name) for name in ATTENTION},
+    "groupnorm": maps.groupnorm,
+    "groupnorm_vjp": maps.groupnorm_vjp,
+    "fusion": maps.fusion,
+    "fusion_vjp": maps.fusion_vjp,
+}
+"""Our side of those whose launch parameters are tuned: of a drawing function, a shape and a backend."""

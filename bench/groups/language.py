@@ -14,7 +14,7 @@ from triton_deq.ops.attention import Context, attention, spare_columns
 from triton_deq.solvers.graph_cache import GraphCache
 from triton_deq.timing import Call
 
-from ..cases import Case, Setting, Solved, Variant, ours
+from ..cases import Case, Setting, Solved, Variant, kernels_alone, ours
 
 GROUP = "language"
 NFE = 14
@@ -103,7 +103,7 @@ def _attention(
 def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
     base = configuration_of(size, setting)
     stacked = replace(base, layers=size.layers, inner=size.stacked, weight_norm=False)
-    for name, backend in ours(setting):
+    for name, backend in kernels_alone(setting):
         yield Variant(name, partial(step, setting, base, size, mode, backend), backend)
         if setting.gpu and backend == "triton":
             graphed = partial(step, setting, base, size, mode, backend, graph=True)

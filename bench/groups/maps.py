@@ -10,9 +10,14 @@ from triton_deq.ops import fusion as fusions
 from triton_deq.ops import groupnorm as norms
 from triton_deq.timing import Call
 
+from ..roofline import Work
+
 GROUPS = 8
 FACTORS = (1, 2, 4)
 """How many times smaller the terms of a sum are."""
+SMALLER = sum(1 / factor**2 for factor in FACTORS)
+MAPS = {"groupnorm": 2.0, "groupnorm_vjp": 4.0, "fusion": 2 + SMALLER, "fusion_vjp": 2 + SMALLER}
+"""The least that each moves, in maps of the size of its value."""
 
 SIZES: dict[str, list[tuple[int, int, int]]] = {
     "tiny": [(1, 4, 8)],
@@ -22,7 +27,7 @@ SIZES: dict[str, list[tuple[int, int, int]]] = {
 GPU_SIZES: dict[str, list[tuple[int, int, int]]] = {
     "tiny": SIZES["tiny"],
     "quick": [(32, 56, 160)],
-    "full": [(32, 56, 160), (32, 56, 32), (32, 28, 64), (32, 7, 256)],
+    "full": [(32, 56, 160), (96, 32, 32), (32, 7, 256)],
 }
 """(batch, height and width, channels): maps of the ImageNet models."""
 
@@ -31,6 +36,12 @@ Draw = Callable[..., Tensor]
 
 def _maps(randn: Draw, batch: int, side: int, channels: int) -> Tensor:
     return randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def work(kernel: str, size: tuple[int, int, int], dtype: torch.dtype) -> Work | None:
+    batch, side, channels = size
+    entries = batch * side * side * channels
+    return Work(round(MAPS[kernel] * entries * dtype.itemsize), {}) if kernel in MAPS else None
 
 
 def groupnorm(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:

@@ -11,7 +11,7 @@ from triton_deq.timing import Call
 from ..cases import Case, Setting, Solved, Variant, ours
 from ..peers import PEERS, Peer, Solve, steps_to
 from ..peers.jaxopt import jaxopt_variant
-from ..problems import Problem, make
+from ..problems import Problem, in_graphs, make
 from .step import HISTORY, compiled, loaded, peer_call
 
 GROUP = "solve"
@@ -25,7 +25,7 @@ GPU_SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "tiny": SIZES["tiny"],
     "quick": [("dense", (128, 1024)), ("convolution", (32, 64, 32, 32))],
     "full": [
-        ("dense", (128, 256)),
+        ("mlp cell", (1024, 128)),
         ("dense", (128, 1024)),
         ("dense", (1024, 2048)),
         ("convolution", (32, 64, 32, 32)),
@@ -47,6 +47,8 @@ def _case(setting: Setting, kind: str, shape: tuple[int, ...], tol: float) -> Ca
         for name, backend in ours(setting)
         for of, solver in (("", td.Anderson(history=HISTORY)), (" broyden", td.Broyden()))
     ]
+    if setting.gpu and problem.cell is None:  # whose solve is one launch
+        variants.append(Variant("triton-deq graph mode", partial(_in_graphs, problem, tol), "cuda graph"))
     for peer in PEERS:
         call = partial(_peer, peer, problem, tol)
         variants.append(Variant(peer.name, partial(loaded, call, peer.load)))
@@ -60,6 +62,12 @@ def _case(setting: Setting, kind: str, shape: tuple[int, ...], tol: float) -> Ca
 def _peer(peer: Peer, problem: Problem, tol: float, solve: Solve) -> Call:
     """`solve` is the peer's, eager or compiled; how many steps it needs, the eager one tells."""
     return peer_call(problem, steps_to(peer.load(), problem.f, problem.z0, tol), solve)
+
+
+def _in_graphs(problem: Problem, tol: float) -> Call:
+    """As a model in service would call it."""
+    run = in_graphs(problem, td.Anderson(history=HISTORY), tol, 60)
+    return lambda: Solved(*run())
 
 
 def _ours(problem: Problem, solver: td.Anderson | td.Broyden, tol: float, backend: str) -> Call:

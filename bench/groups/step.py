@@ -14,7 +14,7 @@ from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Solved, Variant, ours
 from ..peers import ANDERSON, BROYDEN, Peer, Solve
-from ..problems import Problem, make
+from ..problems import Problem, in_graphs, make
 
 GROUP = "step"
 STEPS = 20
@@ -24,14 +24,14 @@ SHAPES = {
     "quick": [(32, 1024), (32, 16384)],
     "full": [(32, 1024), (32, 16384), (8, 262144)],
 }
-SOLVERS: dict[str, tuple[Solver, tuple[Peer, ...]]] = {
+SOLVERS: dict[str, tuple[td.Anderson | td.Broyden, tuple[Peer, ...]]] = {
     "anderson": (td.Anderson(history=HISTORY), ANDERSON),
     "broyden": (td.Broyden(), BROYDEN),
 }
 GPU_SHAPES = {
     "tiny": SHAPES["tiny"],
     "quick": [(32, 1024), (32, 16384), (8, 262144)],
-    "full": [(32, 1024), (32, 16384), (128, 16384), (8, 262144), (64, 524288)],
+    "full": [(32, 16384), (32, 1024), (32, 1048576), (8, 262144)],
 }
 
 
@@ -95,19 +95,25 @@ def peer_call(problem: Problem, steps: int, solve: Solve) -> Call:
     return call
 
 
-def _graphs(setting: Setting, problem: Problem, op: str, steps: int) -> list[Variant]:
-    """All steps in one CUDA graph: no Python, and nobody looks at a residual."""
+def _graphs(setting: Setting, problem: Problem, op: str, steps: int) -> Iterator[Variant]:
+    """What `graph=True` does; and all steps in one CUDA graph: no Python, and nobody looks at a residual."""
     from ..peers.textbook import graphable_anderson
 
+    graph_mode = partial(_in_graph_mode, problem, SOLVERS[op][0], steps)
+    yield Variant("triton-deq graph mode", graph_mode, "cuda graph")
     calls: dict[str, Call] = {
         "bare f graph": partial(_bare, problem, steps),
         "triton-deq graph": partial(_steps_of_ops, problem, SOLVERS[op][0], steps),
     }
     if op == "anderson":
         calls["textbook graph"] = peer_call(problem, steps, graphable_anderson)
-    return [
-        Variant(name, partial(graphed, call, setting.watch), "cuda graph") for name, call in calls.items()
-    ]
+    for name, call in calls.items():
+        yield Variant(name, partial(graphed, call, setting.watch), "cuda graph")
+
+
+def _in_graph_mode(problem: Problem, solver: td.Anderson | td.Broyden, steps: int) -> Call:
+    run = in_graphs(problem, solver, 0.0, steps)
+    return lambda: Solved(*run())
 
 
 @torch.no_grad()

@@ -34,13 +34,13 @@ def masked_anderson(
     filled = z0.new_zeros(HISTORY)
     x[:, 0], fx[:, 0] = z0.reshape(batch, -1), f(z0).reshape(batch, -1)
     x[:, 1], fx[:, 1] = fx[:, 0], f(fx[:, 0].view(shape)).reshape(batch, -1)
-    filled[:2] = 1
+    filled[:2].fill_(1)
     slot = 1
     for step in range(2, steps):
         slot = step % HISTORY
         x[:, slot] = mix(x, fx, filled)
         fx[:, slot] = f(x[:, slot].view(shape)).reshape(batch, -1)
-        filled[slot] = 1
+        filled[slot].fill_(1)  # an assignment would copy a number from the host, which no graph can hold
         if residual is not None and residual(x[:, slot], fx[:, slot]).item() < 0:
             break
     return x[:, slot].view(shape)

@@ -109,7 +109,7 @@ def test_every_step_has_a_ledger(tmp_path, capsys):
     assert text == capsys.readouterr().out
     for name in ("deq-transformer training penalised", "digits inference", "digits training"):
         assert f"{name} (least time on h200: " in text
-    assert "solvers/stopping.py, running" in text
+    assert "solvers/stopping.py, wait" in text
 
 
 def test_an_unknown_step_lists_the_steps(capsys):

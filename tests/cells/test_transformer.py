@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,9 +15,19 @@ from tests.counters import Counter
 from triton_deq.backend import ambient
 from triton_deq.cells.transformer import Memory
 from triton_deq.deq import Injected
+from triton_deq.verification.case import relative_error
 
 BATCH, LENGTH, PAST, WIDTH, HEADS, HEAD = 2, 5, 3, 8, 2, 3
 PLACES = pytest.mark.parametrize("pre_norm", [False, True], ids=["post", "pre"])
+
+
+@pytest.fixture(autouse=True)
+def _where_the_kernels_are(device, request):
+    """Every tensor that a test makes is on the GPU where there is one."""
+    # Some versions of torch.compile cannot look into this context.
+    traced = request.function is test_a_training_step_compiles_into_one_graph
+    with nullcontext() if device == "cpu" or traced else torch.device(device):
+        yield
 
 
 def cell_and_input(pre_norm=False, dtype=torch.float64, past=PAST, inner=12, **options):
@@ -133,6 +144,35 @@ def test_zeros_behind_each_head_for_the_kernels_alone():
         assert u.qkv.shape[-1] == len(u.weights.qkv) == 3 * HEADS * depth
         kept.append(cell.memory(z, u, memory, LENGTH + 1))
     torch.testing.assert_close(kept[0].injection, kept[1].injection)
+
+
+@pytest.mark.kernels
+@PLACES
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+def test_zeros_behind_the_width_change_nothing(pre_norm, recorded):
+    """Rows of 6 float32 entries get two more, in a room that all steps share or in a graph."""
+    torch.manual_seed(5)
+    cell = td.TransformerCell(6, 2, 10, 3, pre_norm=pre_norm, dropout=0.3, init_std=0.5)
+    x, z = torch.randn(2, BATCH, LENGTH, 6)
+    found = []
+    for served in ("triton", "reference"):
+        with ambient(served), torch.set_grad_enabled(recorded):
+            torch.manual_seed(6)  # of the masks
+            u = cell.inject(x)
+            assert (u.room is not None) == (served == "triton")
+            assert u.weights.up.shape[-1] == len(u.weights.down) == (8 if served == "triton" else 6)
+            out = torch.empty_like(z)
+            with torch.no_grad():
+                cell.write(z, u, out)
+            value, pullback = cell.vjp(z, u)
+            product = pullback(x)
+            gradients = []
+            if recorded:
+                loss = value.square().sum() + product.square().sum()
+                gradients = torch.autograd.grad(loss, list(cell.parameters()))
+        found.append([value, out, product, *gradients])
+    assert max(map(relative_error, *found)) < 1e-5
+    torch.testing.assert_close(found[0][0], found[0][1])
 
 
 @PLACES

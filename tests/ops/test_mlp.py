@@ -233,8 +233,11 @@ def test_same_bits_every_time(device):
 
 @kernels
 def test_a_useless_gram_matrix_restarts_the_history(device):
-    """A constant map: the second residual is zero, and without a ridge its Gram matrix is singular."""
-    u = torch.randn(2, 4, dtype=torch.float64, device=device)
+    """A constant map: the second residual is zero, and without a ridge its Gram matrix is singular.
+
+    Of numbers that no arithmetic rounds.
+    """
+    u = torch.tensor([[-1.5, 0.25, 2.0, -0.5], [3.0, -2.25, 1.0, 0.75]], dtype=torch.float64, device=device)
     cell = op.Layer(torch.zeros(4, 4, dtype=torch.float64, device=device), u, RELU, None, None)
     counts = []
     for ridge in (1e-6, 0.0):

@@ -50,12 +50,13 @@ def gradients(gradient, solver=None, scale=1.0, times=1, backend="reference"):
     Most of it has nothing to do with kernels, whose solves an interpreter takes ten times as long for.
     """
     torch.manual_seed(3)
-    f, weight, bias = tanh_map(3, 8)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    f, weight, bias = tanh_map(3, 8, device=device)
     for _ in range(times):
         weight.grad = bias.grad = None
         z, solution = td.fixed_point(
             f,
-            torch.zeros(3, 8, dtype=torch.float64),
+            torch.zeros(3, 8, dtype=torch.float64, device=device),
             solver,
             tol=1e-11,
             max_steps=100,
@@ -65,7 +66,7 @@ def gradients(gradient, solver=None, scale=1.0, times=1, backend="reference"):
         )
         assert solution.backward is None
         (scale * z.square().sum()).backward()
-    return solution, weight.grad / scale, bias.grad / scale
+    return solution, weight.grad.cpu() / scale, bias.grad.cpu() / scale
 
 
 class TestBackward:

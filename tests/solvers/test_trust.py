@@ -48,6 +48,7 @@ class Problem:
 
     seed: int
     small: bool = False
+    device: str = "cpu"
     calls: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self):
@@ -66,7 +67,8 @@ class Problem:
         self.poisoned = draw.randrange(self.batch) if self.batch and draw.random() < 0.4 else None
         self.poison, self.poison_from = draw.choice((math.nan, math.inf, -math.inf)), draw.randrange(12)
         z0 = scale * draw.choice((0.0, 1.0)) * torch.randn(self.entries, self.batch, dtype=torch.float64)
-        self.z0 = z0.to(self.dtype).T  # not contiguous
+        self.matrix, self.offset = self.matrix.to(self.device), self.offset.to(self.device)
+        self.z0 = z0.to(self.device, self.dtype).T  # not contiguous
         if draw.random() < 0.3:
             self.z0.requires_grad_()
 
@@ -118,9 +120,9 @@ def recomputed(problem: Problem, z: torch.Tensor, residual: str) -> torch.Tensor
     return torch.where(difference == 0, 0, difference / value.double().norm(dim=1))
 
 
-def check(seed: int, backend: str) -> int:
+def check(seed: int, backend: str, device: str = "cpu") -> int:
     """Solve one batch of problems and hold the solution to its word; returns how many problems it was."""
-    problem = Problem(seed, small=backend == "triton")
+    problem = Problem(seed, small=backend == "triton", device=device)
     solver, options = problem.solver(), problem.options()
     before = problem.z0.detach().clone()
     solution = td.solve(problem.f, problem.z0, solver, backend=backend, **options)
@@ -171,15 +173,15 @@ def test_ten_thousand_random_problems():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("seed", range(8))
-def test_a_few_of_them_on_the_kernels(seed):
-    check(seed, "triton")
+def test_a_few_of_them_on_the_kernels(seed, device):
+    check(seed, "triton", device)
 
 
 @pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.parametrize("seed", range(100, 160))
-def test_more_of_them_on_the_kernels(seed):
-    check(seed, "triton")
+def test_more_of_them_on_the_kernels(seed, device):
+    check(seed, "triton", device)
 
 
 @pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden(), td.Picard()], ids=str)

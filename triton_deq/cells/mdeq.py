@@ -330,7 +330,7 @@ class Kept:
     fused: dict[int, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes what it calls, before it has fields
 class Pullback:
     """`ε ↦ εᵀJ` of an `MDEQCell` at a state, `[..., B, N]`; differentiable. dtype is the state's."""
 
@@ -374,7 +374,7 @@ class Pullback:
         return [fusion(base, terms, relu=False) for base, terms in zip(direct, crossed, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adjoint:
     """`x ↦ xJ + g`, the map of a backward solve, which can leave its value in the solver's ring."""
 

@@ -211,7 +211,7 @@ def _rule(solver: Any, stopping: Any) -> Rule | None:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes what it calls, before it has fields
 class Pullback:
     """`ε ↦ εᵀJ` of an `MLPCell` at a state, `[..., B, D]`; dtype is the state's.
 
@@ -240,7 +240,7 @@ class Pullback:
         return Adjoint(self, shift)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adjoint:
     """`x ↦ xJ + g`, the map of a backward solve; it may write into the solver's ring, or solve as a whole."""
 

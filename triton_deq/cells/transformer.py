@@ -40,12 +40,18 @@ class Memory(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The matrices of a solve: weight normalisation and autocast's casts are done once for all steps."""
+    """The matrices of a solve: weight normalisation and autocast's casts are done once for all steps.
+
+    Where kernels serve, zeros may widen D, too: of rows that lie at 16 bytes a GPU's library multiplies
+    matrices more than twice as fast as of rows of 700 16-bit entries.
+    """
 
     qkv: Tensor
     out: Tensor
     up: Tensor
     down: Tensor
+    out_bias: Tensor
+    down_bias: Tensor
 
 
 class Masks(NamedTuple):
@@ -70,6 +76,8 @@ class TransformerInjection(NamedTuple):
         weights: the matrices.
         masks: of the dropout, or None.
         shape: of z.
+        room: `[B, T, ≥ D]`, zeros behind D; where no gradient is recorded, rows that a product takes wider
+            than they are pass through it. None where D is wide enough.
     """
 
     qkv: Tensor | None
@@ -77,6 +85,7 @@ class TransformerInjection(NamedTuple):
     weights: Weights
     masks: Masks | None
     shape: tuple[int, int, int]
+    room: Tensor | None = None
 
 
 class TransformerCell(nn.Module):
@@ -181,11 +190,18 @@ class TransformerCell(nn.Module):
         tokens, memory = x if isinstance(x, tuple) else (x, None)
         self._check(tokens, memory)
         weights = self._weights(tokens.device.type)
-        dtype, spare = weights.qkv.dtype, spare_columns(weights.qkv, self.head_width)
-        weights = weights._replace(
-            qkv=self._wider(weights.qkv, -2, spare), out=self._wider(weights.out, -1, spare)
+        dtype = weights.qkv.dtype
+        spare, behind = (spare_columns(weights.qkv, columns) for columns in (self.head_width, self.width))
+        weights = Weights(
+            qkv=_with_zeros(self._wider(weights.qkv, -2, spare), -1, behind),
+            out=_with_zeros(self._wider(weights.out, -1, spare), -2, behind),
+            up=_with_zeros(weights.up, -1, behind),
+            down=_with_zeros(weights.down, -2, behind),
+            out_bias=_with_zeros(weights.out_bias, -1, behind),
+            down_bias=_with_zeros(weights.down_bias, -1, behind),
         )
         batch, length, _ = tokens.shape
+        room = tokens.new_zeros(batch, length, self.width + behind, dtype=dtype) if behind else None
         keys, values = self._of_memory(memory, weights, spare)
         reach = length + (0 if keys is None else keys.shape[1])
         context = Context(
@@ -201,7 +217,8 @@ class TransformerCell(nn.Module):
         )
         context = with_mask(context, (batch, length))
         qkv = None if self.injection is None else self._wider(self.injection(tokens), -1, spare)
-        return TransformerInjection(qkv, context, weights, self._masks(tokens), (batch, length, self.width))
+        shape = (batch, length, self.width)
+        return TransformerInjection(qkv, context, weights, self._masks(tokens), shape, room)
 
     def memory(self, value: Tensor, u: TransformerInjection, before: Memory | None, length: int) -> Memory:
         """The last `length` tokens of the memory before and of this segment's fixed points."""
@@ -234,7 +251,10 @@ class TransformerCell(nn.Module):
         )
         masks = None if u.masks is None else Masks(*(mask[samples] for mask in u.masks))
         qkv = None if u.qkv is None else u.qkv[samples]
-        return u._replace(qkv=qkv, context=context, masks=masks, shape=(len(samples), *u.shape[1:]))
+        room = None if u.room is None else u.room[: len(samples)]
+        return u._replace(
+            qkv=qkv, context=context, masks=masks, shape=(len(samples), *u.shape[1:]), room=room
+        )
 
     def _weights(self, device: str) -> Weights:
         """The matrices as the products take them: autocast would cast them anew at every step."""
@@ -245,11 +265,9 @@ class TransformerCell(nn.Module):
                     "weight without calling it: change the weight by torch.nn.utils.parametrize instead"
                 )
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return Weights(*(layer.weight if cast is None else layer.weight.to(cast) for layer in self._products))
-
-    @property
-    def _products(self) -> tuple[nn.Linear, ...]:
-        return self.qkv, self.out, self.up, self.down
+        given = (layer.weight for layer in (self.qkv, self.out, self.up, self.down))
+        biases = self.out.bias, self.down.bias
+        return Weights(*(each if cast is None else each.to(cast) for each in (*given, *biases)))
 
     def _wider(self, rows: Tensor, dim: int, spare: int) -> Tensor:
         """With zeros behind each of the heads that lie along `dim`, which counts from the last: −1."""
@@ -263,6 +281,7 @@ class TransformerCell(nn.Module):
         if memory is None or memory.value.shape[1] == 0:
             return None, None
         value = norm(memory.value)[0] if self.pre_norm else memory.value
+        value = _with_zeros(value, -1, weights.qkv.shape[-1] - self.width)
         made = functional.linear(value, weights.qkv[len(weights.qkv) // 3 :])
         if memory.injection is not None:
             made = made + self._wider(memory.injection, -1, spare).to(made.dtype)
@@ -335,12 +354,12 @@ class TransformerCell(nn.Module):
         masks = (None, None, None) if u.masks is None else u.masks[:3]
         heads = self._heads(normed(z, dtype=u.weights.qkv.dtype) if self.pre_norm else z, u)
         mixed = attention(*heads, u.context)
-        branch = functional.linear(mixed.flatten(2), u.weights.out, self.out.bias)
-        s = normed(z, branch, masks[0])
+        branch = functional.linear(mixed.flatten(2), u.weights.out, u.weights.out_bias)
+        s = normed(z, branch[..., : self.width], masks[0])
 
         # Cast here under autocast, where the kernel asks for one dtype.
-        inner = feedforward(s.to(u.weights.up.dtype), u.weights.up, self.up.bias, masks[1])
-        branch = functional.linear(inner, u.weights.down, self.down.bias)
+        inner = feedforward(_taken(s, u).to(u.weights.up.dtype), u.weights.up, self.up.bias, masks[1])
+        branch = functional.linear(inner, u.weights.down, u.weights.down_bias)[..., : self.width]
         if not self.pre_norm:
             return normed(s, branch, masks[2], out=out), heads, inner
         branch = branch if masks[2] is None else branch * masks[2]
@@ -348,6 +367,7 @@ class TransformerCell(nn.Module):
 
     def _heads(self, n: Tensor, u: TransformerInjection) -> Heads:
         """q, k and v `[B, T, H, d]`, views of one product."""
+        n = _taken(n, u)
         if u.qkv is None:
             product = functional.linear(n, u.weights.qkv)
         else:
@@ -384,13 +404,23 @@ def _with_zeros(tensor: Tensor, dim: int, count: int) -> Tensor:
     return functional.pad(tensor, (0, 0) * (-1 - dim) + (0, count)) if count else tensor
 
 
+def _taken(rows: Tensor, u: TransformerInjection) -> Tensor:
+    """Rows `[B, T, D]` as products take them: themselves, or with the zeros that its matrices have."""
+    if u.room is None:
+        return rows
+    if transformed() or torch.is_grad_enabled():  # who records a gradient may keep the rows
+        return _with_zeros(rows.to(u.room.dtype), -1, u.room.shape[-1] - rows.shape[-1])
+    u.room[..., : rows.shape[-1]] = rows
+    return u.room
+
+
 def _mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
     """0 with the probability, else 1 / (1 − probability)."""
     kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - probability)
     return kept / (1 - probability)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes what it calls, before it has fields
 class Pullback:
     """`ε ↦ εᵀJ` of a `TransformerCell` at a state, `[..., B, T, D]`; differentiable.
 
@@ -418,13 +448,14 @@ class Pullback:
             at_s, of_branch = vector, _masked(vector, pulled, weights.down.dtype)
         else:
             at_s, of_branch = norm_vjps(vector, *self.last, mask=pulled, dtype=weights.down.dtype)
-        of_inner = feedforward_vjp(of_branch, weights.down, self.inner)
-        more = _times(of_inner, weights.up)
+        of_inner = feedforward_vjp(_taken(of_branch, self.u), weights.down, self.inner)
+        more = _times(of_inner, weights.up)[..., : vector.shape[-1]]
 
-        at_z, of_branch = norm_vjps(at_s, *self.middle, more, dropped, weights.out.dtype)
-        of_mixed = _times(of_branch, weights.out).view(self.heads[0].shape)
+        # Of the two terms the first may have gaps between its rows.
+        at_z, of_branch = norm_vjps(more, *self.middle, at_s, dropped, weights.out.dtype)
+        of_mixed = _times(_taken(of_branch, self.u), weights.out).view(self.heads[0].shape)
         of_heads = attention_vjp(of_mixed, *self.heads, self.u.context, evaluated=self.evaluated)
-        of_n = _times(of_heads.flatten(2), weights.qkv)
+        of_n = _times(of_heads.flatten(2), weights.qkv)[..., : vector.shape[-1]]
         if self.first is not None:
             of_n = norm_vjps(of_n, *self.first)[0]
         return (at_z + of_n).to(self.dtype)

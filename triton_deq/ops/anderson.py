@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import anderson as reference
 from ..reference.anderson import AndersonState
 from ..reference.record import Record
-from .launch import MAX_BLOCK, cycle_length, launch, next_power_of_2, partition, wide_dtype
+from .launch import MAX_BLOCK, Partition, cycle_length, launch, next_power_of_2, partition, wide_dtype
 
 __all__ = [
     "AndersonState",
@@ -120,7 +120,8 @@ def anderson_landing(state: AndersonState, step: int) -> Tensor | None:
 
 def _landed(state: AndersonState, fx: Tensor, step: int) -> bool:
     """Whether f has left its value there."""
-    return fx.data_ptr() == state.iterates[step % state.history].data_ptr()
+    iterates = state.iterates
+    return fx.data_ptr() == iterates.data_ptr() + step % state.history * iterates.stride(0) * fx.itemsize
 
 
 def anderson_restart(state: AndersonState, x: Tensor, tol: float) -> None:
@@ -245,12 +246,12 @@ def anderson_advance(
     return state.active[step % len(state.active)]
 
 
-def _geometry(state: AndersonState) -> tuple[tuple[int, int], Any, dict[str, Any]]:
+def _geometry(state: AndersonState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:
     """The grid, the cut of a sample, and the compile-time constants that both kernels share."""
     batch, entries = state.x.shape
     cut = partition(batch, entries)
     constants = {
-        "HISTORY": state.history,
+        "HISTORY": state.residuals.shape[0],
         "LANES": state.dots.shape[-1],
         "BLOCK": cut.block,
         "WIDE": wide_dtype(state.x.dtype),

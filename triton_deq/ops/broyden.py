@@ -64,7 +64,8 @@ def broyden_landing(state: BroydenState, step: int) -> Tensor | None:
 
 def _landed(state: BroydenState, fx: Tensor, step: int) -> bool:
     """Whether f has left its value there."""
-    return fx.data_ptr() == state.changes[step % state.slots].data_ptr()
+    changes = state.changes
+    return fx.data_ptr() == changes.data_ptr() + step % state.slots * changes.stride(0) * fx.itemsize
 
 
 def broyden_restart(state: BroydenState, x: Tensor, tol: float) -> None:

@@ -1,7 +1,9 @@
 """What every launch has in common: the device, the compiler's options, the cut of a row into parts."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,14 +18,65 @@ MAX_PARTS = 256
 MAX_BLOCK = 2048
 
 
+_known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""By what Triton compiles a kernel anew for: the compiled kernel, and what it takes after `launch`'s args."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run `kernel[grid]` on the device of the first tensor among `args`.
+    """Run `kernel[grid]` on the device of the first tensor among `args`, the kernel's first parameters.
+
+    Triton's own way to a kernel that it has compiled takes longer than a dozen of PyTorch's operators, and a
+    step of a solver is two launches: so a kernel is remembered here, and the next time launched directly.
 
     `enable_fp_fusion` is said here for all kernels: Triton's default for it changes between versions.
     """
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    if device.type != "cuda":  # in the interpreter
         kernel[grid](*args, **constants, enable_fp_fusion=True)
+        return
+    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        _launch_known(kernel, grid, device.index, args, constants)
+
+
+def _launch_known(
+    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Launch the compiled kernel that is known for these arguments, or have Triton find or compile it."""
+    key, values = _told_apart(args)
+    known = (id(kernel), device, *key, *constants, *constants.values())
+    found = _known.get(known)
+    if found is not None:
+        compiled, rest = found
+        compiled[(*grid, 1, 1)](*values, *rest)
+        return
+    compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
+    _known[known] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+
+
+def _told_apart(args: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """What of the arguments a compiled kernel depends on, or more than that; and they as it takes them.
+
+    Triton compiles for the dtype of a tensor and whether it lies at 16 bytes, for whether an integer is 1 or
+    a multiple of 16 and how many bits it needs, and for nothing in a float.
+    """
+    key: list[Any] = []
+    values: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            pointer = arg.data_ptr()
+            key += (arg.dtype, pointer & 15, arg.is_cuda)
+            values.append(pointer)
+            continue
+        if isinstance(arg, tuple):
+            inside, arg = _told_apart(arg)
+            key.append(tuple(inside))
+            arg = tuple(arg)
+        elif isinstance(arg, int):
+            key.append("1" if arg == 1 else (arg & 15 == 0, arg.bit_length() if arg >> 31 else 0))
+        else:
+            key.append(type(arg))
+        values.append(arg)
+    return key, values
 
 
 def kernels_serve(tensor: Tensor, backend: str, *others: Tensor | None, autocast: bool = False) -> bool:
@@ -59,6 +112,7 @@ class Partition:
     block: int
 
 
+@lru_cache(maxsize=1024)
 def partition(batch: int, entries: int, most: int = MAX_BLOCK) -> Partition:
     """Cut rows `[batch, entries]` into blocks of at most `most`, about PROGRAMS programs sharing the work."""
     block = min(next_power_of_2(entries), most)
@@ -114,7 +168,8 @@ def laid(x: Tensor) -> Tensor:
 
 def sample_stride(x: Tensor) -> int:
     """How far apart the samples of such a map begin; of a single one it means nothing."""
-    return x.stride(0) if len(x) > 1 else x[0].numel()
+    batch, channels, height, width = x.shape
+    return x.stride(0) if batch > 1 else channels * height * width
 
 
 def fresh(like: Tensor) -> Tensor:

@@ -111,8 +111,7 @@ def groupnorm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value, into `out` if given, μ and 1/σ; by PyTorch's own GroupNorm, which is one operator."""
     batch, channels, height, width = x.shape
-    total = summed(x, mask, shift)
-    total = total.contiguous(memory_format=layout_of(total))
+    total = taken(summed(x, mask, shift))
     gain, offset = (None if each is None else each.to(x.dtype).contiguous() for each in (gain, offset))
     value, mean, inverse = torch.native_group_norm(
         total, gain, offset, batch, channels, height * width, groups, epsilon
@@ -121,7 +120,7 @@ def groupnorm_fwd(
         value += residual
     if relu:
         value.relu_()
-    return value if out is None else out.copy_(value), mean, inverse
+    return value.contiguous(memory_format=layout_of(x)) if out is None else out.copy_(value), mean, inverse
 
 
 def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False) -> Gradients:
@@ -129,12 +128,12 @@ def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False
     x, gain, mask, shift, mean, inverse, value, _ = held
     batch, channels, height, width = x.shape
     v = vector if value is None else torch.ops.aten.threshold_backward(vector, value, 0)
-    total = summed(x, mask, shift)
+    total = taken(summed(x, mask, shift))
     # PyTorch's operator takes it for granted that both lie alike, and that γ is contiguous.
     layout = layout_of(total)
     of_sum, of_gain, of_offset = torch.ops.aten.native_group_norm_backward(
         v.to(x.dtype).contiguous(memory_format=layout),
-        total.contiguous(memory_format=layout),
+        total,
         mean,
         inverse,
         None if gain is None else gain.to(x.dtype).contiguous(),
@@ -161,8 +160,8 @@ def groupnorm_second_fwd(
     """
     x, gain, mask, shift, mean, inverse, value, _ = held
     batch, channels, height, width = x.shape
-    groups, layout = mean.shape[1], layout_of(x)
-    total = summed(x, mask, shift).contiguous(memory_format=layout)
+    total = taken(summed(x, mask, shift))
+    groups, layout = mean.shape[1], layout_of(total)
     w = along if mask is None else along * mask.to(along.dtype)[:, :, None, None]
     w = w.to(x.dtype).contiguous(memory_format=layout)
     v = vector if value is None else torch.ops.aten.threshold_backward(vector, value, 0)
@@ -205,5 +204,11 @@ def summed(x: Tensor, mask: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """How PyTorch's operators would take it to lie."""
+    """How a map lies."""
     return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
+
+
+def taken(x: Tensor) -> Tensor:
+    """The map as PyTorch's GroupNorm takes it: channels-last, too, on a CPU alone."""
+    layout = layout_of(x) if x.device.type == "cpu" else torch.contiguous_format
+    return x.contiguous(memory_format=layout)

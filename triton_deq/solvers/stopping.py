@@ -38,7 +38,8 @@ class Lookout:
         self._period = (check_every + 1) // 2
         self._lag = check_every - self._period + 1
         self._step = 0
-        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._under_way: deque[tuple[int, _Answer]] = deque()
+        self._spare: list[_Answer] = []
 
     def running(self, active: int | Tensor) -> int | None:
         """How many samples went on when last seen, None while nothing new is known.
@@ -49,21 +50,33 @@ class Lookout:
             return active
         self._step += 1
         if self._step % self._period == 0:
-            self._under_way.append((self._step + self._lag, *_sent_to_host(active)))
+            answer = self._spare.pop() if self._spare else _Answer(active)
+            answer.ask(active)
+            self._under_way.append((self._step + self._lag, answer))
         if not self._under_way or self._under_way[0][0] > self._step:
             return None
-        _, answer, event = self._under_way.popleft()
-        if event is not None:
-            event.synchronize()
-        return int(answer.item())
+        _, answer = self._under_way.popleft()
+        self._spare.append(answer)
+        return answer.wait()
 
 
-def _sent_to_host(active: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy that will have arrived when the event has happened."""
-    if active.device.type != "cuda":
-        return active.clone(), None
-    answer = torch.empty((), dtype=active.dtype, device="cpu", pin_memory=True)
-    answer.copy_(active, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(active.device))
-    return answer, event
+class _Answer:
+    """Where a number on the device is sent, to be read when it has arrived; it serves again and again.
+
+    To pin memory anew for each step would take the host longer than to launch its kernels.
+    """
+
+    def __init__(self, like: Tensor):
+        self._remote = like.device.type == "cuda"
+        self._number = torch.empty((), dtype=like.dtype, device="cpu", pin_memory=self._remote)
+        self._arrived = torch.cuda.Event() if self._remote else None
+
+    def ask(self, number: Tensor) -> None:
+        self._number.copy_(number, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(number.device))
+
+    def wait(self) -> int:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._number.item())

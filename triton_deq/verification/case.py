@@ -8,6 +8,10 @@ from torch import Tensor
 
 BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
 """Largest relative error, ‖out − reference‖ / ‖reference‖, for each dtype."""
+LEAST_WIDTH = 16
+"""Of few entries a mean or a signed sum leaves cancellation, of which a relative error means nothing."""
+RANDOM_WALK = 1 << 16
+"""Up to so many terms a running sum stays within them; the error of one of more goes on as a random walk."""
 SHAPES = ((1, 1), (3, 37), (2, 4100))
 """(batch, entries): the smallest, an odd one, and one that is cut into several unequal parts."""
 LAYOUTS = ("contiguous", "transposed", "strided")
@@ -75,6 +79,11 @@ def row(case: Case, op: str, kernel: str, quantity: str, error: float, bound: fl
     return Row(
         op, kernel, name_of(case.dtype), case.shape, case.layout, quantity, error, bound, device, case.seed
     )
+
+
+def sum_bound(case: Case, terms: int) -> float:
+    """Of sums of so many random terms, one after another."""
+    return BOUNDS[name_of(case.dtype)] * max(1.0, math.sqrt(terms / RANDOM_WALK))
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from ..reference import jacobian as reference_jacobian
 from ..reference import mlp as reference_mlp
 from ..reference.activations import ACTIVATIONS
 from ..solvers import Anderson, solve
-from .case import BOUNDS, Case, Row, name_of, poisoned, relative_error, row
+from .case import BOUNDS, LEAST_WIDTH, Case, Row, name_of, poisoned, relative_error, row
 
 
 def check_mlp(case: Case) -> Iterator[Row]:
@@ -61,12 +61,15 @@ def check_mlp(case: Case) -> Iterator[Row]:
 
 
 def check_mlp_probe(case: Case, probes: int = 2) -> Iterator[Row]:
-    """The fused estimate of the layer's Jacobian norm and its gradients; widths of at most 300."""
+    """The fused estimate of the layer's Jacobian norm and its gradients; widths of 16 to 300.
+
+    Weights keep the activations' arguments near 1: where those are large, act″ is all cancellation.
+    """
     from ..ops import mlp as op
 
-    batch, depth = case.shape[0], min(case.shape[1], 300)
-    tensors = _draws(case, (batch, depth), (depth + 2, depth), (batch, depth + 2))
-    z, weight, u = (tensor.requires_grad_() for tensor in tensors)
+    batch, depth = case.shape[0], min(max(case.shape[1], LEAST_WIDTH), 300)
+    z, weight, u = _draws(case, (batch, depth), (depth + 2, depth), (batch, depth + 2))
+    z, weight, u = (tensor.requires_grad_() for tensor in (z, weight / math.sqrt(depth), u))
     seed = torch.tensor([(case.seed + 1) * 0x5DEECE66D], device=case.device)
     upstream = case.randn(probes, batch, stream=9).abs() + 1
     like = torch.empty(batch, depth + 2)
@@ -138,6 +141,8 @@ def check_mlp_solve(case: Case) -> Iterator[Row]:
             assert traced is not None
             assert wanted.trace is not None
             bound = 2 * BOUNDS[name_of(case.dtype)]  # of three evaluations
+            if width == 1:  # the Gram matrix is singular but for the ridge, and its solution errs by as much
+                bound = max(bound, 4 * torch.finfo(torch.float64).eps / rule.ridge)
             for quantity, out, expected in (
                 (f"{label} x", value, wanted.value),
                 # A residual is a difference of states, and rounded as they are: against the larger of them.

@@ -6,10 +6,7 @@ import torch
 
 from ..reference import norm as reference
 from ..reference.record import accumulate_dtype
-from .case import Case, Row, poisoned, relative_error, row
-
-LEAST_WIDTH = 16
-"""Of few entries what is left after the mean is cancellation, and a relative error means nothing."""
+from .case import LEAST_WIDTH, Case, Row, poisoned, relative_error, row
 
 
 def check_norm(case: Case) -> Iterator[Row]:

@@ -75,7 +75,9 @@ def check_anderson(
             ):
                 held.add("anderson_step", quantity, relative_error(out.cpu()[running], wanted.cpu()[running]))
             held.add_record("anderson_step", fused.record, expected.record)
-    yield from held.rows(case)
+    # Of fewer entries than slots the Gram matrix is singular but for the ridge: its solution errs by as much.
+    singular = filled > entries
+    yield from held.rows(case, 4 * torch.finfo(torch.float64).eps / rule["ridge"] if singular else 0.0)
 
 
 def check_broyden(
@@ -154,9 +156,11 @@ class Held:
         differing = (record.status.cpu() != expected.status).sum().item()
         self.add(kernel, "status", float(differing))
 
-    def rows(self, case: Case) -> Iterator[Row]:
+    def rows(self, case: Case, of_x: float = 0.0) -> Iterator[Row]:
+        """of_x: the least bound of the next iterate, where its coefficients are ill-conditioned."""
         for (kernel, quantity), error in self._errors.items():
             bound = 0.0 if quantity == "status" else _bound(case, quantity)
+            bound = max(bound, of_x) if quantity == "x" else bound
             yield row(case, self._op, kernel, quantity, error, bound)
 
 

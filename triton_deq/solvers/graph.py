@@ -91,7 +91,7 @@ def _abandon(graph: torch.cuda.CUDAGraph) -> None:
 
 @dataclass
 class Replays:
-    """The graphs of one solver state: of its first cycle of steps, and of any later one.
+    """The graphs of one solver state: of its first cycle of steps, of any later one, and of a rest.
 
     trail: `[cycle, B]` float64, where each step leaves the residuals; None if nobody asks for them.
     warm: whether a first cycle has been taken step by step, which compiles and loads what a capture may not.
@@ -101,7 +101,7 @@ class Replays:
     cycle: int
     trail: Tensor | None = None
     warm: bool = False
-    _replays: dict[bool, Callable[[], None]] = field(default_factory=dict)
+    _replays: dict[tuple[bool, int], Callable[[], None]] = field(default_factory=dict)
 
     def run(self, one: Step, state: Any, max_steps: int) -> tuple[int, list[Tensor]]:
         """Take steps until every sample has stopped; how many, and the trace."""
@@ -116,8 +116,9 @@ class Replays:
         traced: list[Tensor] = []
         while done < max_steps:
             count = min(self.cycle, max_steps - done)
-            if count == self.cycle and (self.warm or done > 0):
-                self._replay(done, step_by_step)
+            # What follows the last whole cycle is worth a graph only if there will be another solve.
+            if self.warm or (count == self.cycle and done > 0):
+                self._replay(done, count, step_by_step)
             else:
                 step_by_step(done, count)
             done += count
@@ -128,8 +129,8 @@ class Replays:
         self.warm = True
         return done, traced
 
-    def _replay(self, done: int, steps: Callable[[int, int], None]) -> None:
-        first = done == 0
-        if first not in self._replays:
-            self._replays[first] = capture(lambda: steps(done, self.cycle), self.device)
-        self._replays[first]()
+    def _replay(self, done: int, count: int, steps: Callable[[int, int], None]) -> None:
+        key = done == 0, count
+        if key not in self._replays:
+            self._replays[key] = capture(lambda: steps(done, count), self.device)
+        self._replays[key]()

@@ -58,7 +58,8 @@ class Comparison:
             return None
         if row.group != "step":
             return row.p50_ms
-        bare = self.find("bare f graph" if row.variant.endswith("graph") else "bare f", row.run)
+        in_graph = row.variant.endswith(("graph", "graph mode"))
+        bare = self.find("bare f graph" if in_graph else "bare f", row.run)
         if bare is None or bare.p50_ms is None or not row.steps:
             return None
         return max(row.p50_ms - bare.p50_ms, 0.0) / row.steps
@@ -73,6 +74,12 @@ class Comparison:
         if ours is None or theirs is None or common is None or ours <= common:
             return None
         return (theirs - common) / (ours - common)
+
+    @property
+    def in_graphs(self) -> float | None:
+        """What ours costs as a user has it in CUDA graphs: as `graph=True`, where the case knows that."""
+        rows = (self.find(f"{OURS} {name}") for name in ("graph mode", "graph"))
+        return next((self.cost(row) for row in rows if row is not None), None)
 
     def against_ours(self, row: Row) -> float | None:
         """Its cost over ours in the same run; a replayed CUDA graph is held against ours in one."""
@@ -130,7 +137,7 @@ def provenance(rows: Sequence[Row]) -> str:
         commit = "no commit" if row.commit is None else f"commit {row.commit[:10]}"
         changed = " with changes" if row.dirty and row.commit is not None else ""
         lines[row.run] = f"Measured {row.run[:10]} on {packages}; {commit}{changed}, source {row.source}."
-    return "\n".join(lines[run] for run in sorted(lines))
+    return "\n".join(dict.fromkeys(lines[run] for run in sorted(lines)))
 
 
 def table(group: str, comparisons: Sequence[Comparison]) -> str:
@@ -141,7 +148,9 @@ def table(group: str, comparisons: Sequence[Comparison]) -> str:
         "penalty": ["f itself"],
         "compat": ["beyond f"],
     }.get(group, [])
+    graphs = any(each.in_graphs is not None for each in comparisons)
     titles = ["", "state", "dtype", OURS, "best peer", "its time", "speed-up", *more]
+    titles += ["ours in CUDA graphs"] * graphs
     lines = [titles, ["---"] * len(titles)]
     for comparison in comparisons:
         ours, head = comparison.find(OURS), comparison.head
@@ -168,6 +177,7 @@ def table(group: str, comparisons: Sequence[Comparison]) -> str:
             lines[-1].append("–" if beyond is None else f"{beyond:.2f}×")
         elif group == "penalty":
             lines[-1].append(_number(comparison.cost(comparison.find("bare f"))))
+        lines[-1] += [_number(comparison.in_graphs)] * graphs
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -27,6 +27,7 @@ from triton_deq.inspection.reading import (
     lines_of,
     matrix_instructions,
     nvidia_resources,
+    unset_registers,
 )
 from triton_deq.inspection.targets import TARGETS, occupancy
 
@@ -575,6 +576,28 @@ def elf(*sections: tuple[int, int]) -> bytes:
     struct.pack_into("<HH", header, 0x3A, 0x40, len(sections))
     rows = (struct.pack("<IIQQQQ", 0, 0, flags, 0, 0, size).ljust(0x40, b"\0") for flags, size in sections)
     return bytes(header) + b"".join(rows)
+
+
+def test_uniform_registers_that_nothing_has_written():
+    """As ptxas 12.8 left them before a matrix product, and as 12.9 has them."""
+    lost = """
+        /*0a70*/                   UMOV UR8, 0x400 ;
+        /*18c0*/                   UIADD3 UR9, UR8, 0x2000, URZ ;
+        /*18e0*/                   UIADD3 UR15, UP0, UR8, 0x20, URZ ;
+        /*19c0*/                   UIADD3.X UR18, UR18, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*19d0*/               @P0 LDG.E.128 R32, desc[UR8][R32.64] ;
+        /*70e0*/                   HGMMA.64x16x16.F32.BF16 R120, R28, gdesc[UR4].tnspB, R120 ;
+    """
+    assert unset_registers(lost) == ["UR18"]
+    whole = """
+        /*0030*/                   ULDC.64 UR4, c[0x0][0x268] ;
+        /*0a70*/                   R2UR UR8, R3 ;
+        /*1fd0*/                   UIADD3 UR46, UP1, UR8, 0x20, URZ ;
+        /*2050*/                   UIADD3.X UR47, UR5, -0x3ffffff0, URZ, UP1, !UPT ;
+        /*2710*/                   UIADD3.64 UR50, UR46, 0x20, URZ ;
+        /*2720*/              @UP0 UMOV UR52, UR51 ;
+    """
+    assert unset_registers(whole) == []
 
 
 def test_nvidia_resources():

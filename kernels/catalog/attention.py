@@ -150,7 +150,7 @@ def _parts(depth: int) -> tuple[int, int]:
 
 def _tiles(dtype: str, rows: int, second: bool) -> dict[str, int]:
     """As the op cuts a head into programs."""
-    most = 64 if dtype in ("fp16", "bf16") and not second else 16
+    most = 32 if dtype in ("fp16", "bf16") and not second else 16
     block = max(16, min(most, 1 << (rows - 1).bit_length()))
     return {"BLOCK": block, "num_warps": 4 if dtype == "fp64" else block // 16, "num_stages": 1}
 

@@ -52,7 +52,7 @@ def test_rows_are_on_disk_when_a_section_ends(tmp_path):
 @pytest.mark.kernels
 def test_each_section_runs(tmp_path):
     """Those that rows are not of; a rehearsal of them takes seconds."""
-    for name in ("tests", "demo", "versus"):
+    for name in ("tests", "demo", "versus", "tuning"):
         outcome = gpu.run_section(name, tmp_path, 180, "tiny")
         assert outcome == "done", (tmp_path / "log.txt").read_text()
     log = (tmp_path / "log.txt").read_text()

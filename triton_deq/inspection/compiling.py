@@ -17,6 +17,7 @@ from .reading import (
     lines_of,
     matrix_instructions,
     nvidia_resources,
+    unset_registers,
 )
 from .targets import TARGETS, Target, occupancy
 
@@ -151,6 +152,9 @@ def _compile(entry: Any, job: Job, row: Row) -> None:
     row.broken = list(broken_budgets(entry.budget, row, target))
     lost = {kind for kind, *_ in lines} - {access.kind for access in bulk}
     row.broken += [f"no instruction was found for the contiguous {kind}s" for kind in sorted(lost)]
+    if "wgmma" in assembly:  # what makes descriptors in uniform registers
+        unset = unset_registers(compiled.asm["sass"])
+        row.broken += [f"the assembler lets it read {name}, which nothing has written" for name in unset]
 
 
 def _warm_up(entry: Any, configuration: int, target: Target) -> Any:

@@ -44,6 +44,10 @@ _PTX = re.compile(r"\b(ld|st)\.global((?:\.[\w:]+)*)\.[bsuf](\d+)\b")
 _PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[.*?\],\s*\[.*?\],\s*(0x[0-9a-fA-F]+|\d+)")
 _AMD = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)")
 _AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;", re.MULTILINE)
+_UNIFORM = re.compile(r"\bUR(\d+)\b")
+_WRITES_UNIFORM = ("U", "R2UR", "S2UR", "LDCU", "VOTEU", "REDUX")
+_PAIRS = re.compile(r"\.64|\.WIDE")
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfmac?_\w+)\b")
 
 
@@ -99,6 +103,30 @@ def _amd_bits(suffix: str) -> int:
 def matrix_instructions(assembly: str) -> int:
     """How many instructions use the matrix units."""
     return len(_MATRIX.findall(assembly))
+
+
+def unset_registers(sass: str) -> list[str]:
+    """The uniform registers that an instruction reads and none before it has written, by address.
+
+    An assembler that drops a copy leaves such a read behind: ptxas 12.8 was seen to make half a descriptor
+    of shared memory out of whatever an earlier kernel had left there, and the matrix product behind it then
+    faults on some launches and not on others. Which of its four registers a `gdesc[]` reads is not told.
+    """
+    written: set[int] = set()
+    unset = []
+    for name, operands in _SASS.findall(sass):
+        first, *others = operands.split(",")
+        targets: list[int] = []
+        if name.startswith(_WRITES_UNIFORM) and first.strip().startswith("UR"):
+            begin = int(_UNIFORM.findall(first)[0])
+            targets = list(range(begin, begin + (4 if "128" in name else 2 if _PAIRS.search(name) else 1)))
+        else:
+            others = [first, *others]
+        for operand in others:
+            read = [] if "gdesc[" in operand else [int(number) for number in _UNIFORM.findall(operand)]
+            unset += [f"UR{number}" for number in read if number not in written]
+        written.update(targets)
+    return list(dict.fromkeys(unset))
 
 
 def nvidia_resources(report: str, cubin: bytes) -> Resources:

@@ -346,9 +346,11 @@ def _tiles(dtype: torch.dtype, rows: int, second: bool = False) -> dict[str, int
     """The block size of a kernel and its warps, of 16 rows each: more would only do the same again.
 
     rows: of what a program takes a block of. second: of second derivatives, which hold more tiles. Larger
-    blocks would spill more: in float32 each operand of a product is held as two.
+    blocks would spill more: in float32 each operand of a product is held as two. And blocks of 64 rows in 4
+    warps would be multiplied by Hopper's wgmma, whose descriptors ptxas 12.8 gets wrong here: of a kernel
+    with these parts of a head it lost half of one, and launches faulted (see `inspection.unset_registers`).
     """
-    most = 64 if dtype in (torch.float16, torch.bfloat16) and not second else 16
+    most = 32 if dtype in (torch.float16, torch.bfloat16) and not second else 16
     block = max(16, min(most, next_power_of_2(rows)))
     return {"BLOCK": block, "num_warps": 4 if dtype == torch.float64 else block // 16, "num_stages": 1}
 

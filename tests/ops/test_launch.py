@@ -1,0 +1,110 @@
+"""Launches past Triton's own way to a compiled kernel, and what kernels touch."""
+
+import pytest
+import torch
+
+from tests.memcheck import checked
+from triton_deq.backend import interpreting
+from triton_deq.ops import launch as launches
+from triton_deq.verification import Case
+from triton_deq.verification.attention import check_attention
+from triton_deq.verification.groupnorm import check_groupnorm
+from triton_deq.verification.solvers import check_anderson
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="compute-sanitizer does it on a GPU")
+
+
+class Kernel:
+    """What `launch` asks of Triton: `kernel[grid](...)` compiles, `compiled[grid](...)` only launches."""
+
+    arg_names = ("x", "n", "layout", "SCALE", "BLOCK")
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_run(*args, **constants):
+            self.compiled.append((grid, args, constants))
+            return Compiled(self)
+
+        return compile_and_run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.launched.append((grid, *args))
+
+
+def run(kernel, x, n=7, layout=(3, 32), block=8):
+    launches._launch_known(kernel, (4,), 0, (x, n, layout), {"BLOCK": block, "SCALE": 0.5, "num_warps": 2})
+
+
+def test_a_known_kernel_gets_pointers_and_constants_in_its_order(monkeypatch):
+    monkeypatch.setattr(launches, "_known", {})
+    kernel, x, y = Kernel(), torch.zeros(64), torch.ones(64)
+    run(kernel, x)
+    run(kernel, y, n=9, layout=(5, 48))  # integers of the same kind
+    assert len(kernel.compiled) == 1
+    assert kernel.compiled[0][1][0] is x
+    assert kernel.compiled[0][2]["enable_fp_fusion"]
+    assert kernel.launched == [((4, 1, 1), y.data_ptr(), 9, (5, 48), 0.5, 8)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(64, dtype=torch.bfloat16)},
+        {"x": torch.zeros(64)[1:]},  # no longer at 16 bytes
+        {"n": 1},
+        {"n": 16},
+        {"n": 1 << 40},
+        {"layout": (3, 33)},
+        {"layout": (1, 32)},
+        {"block": 16},
+    ],
+    ids=str,
+)
+def test_what_triton_compiles_for_is_told_apart(change, monkeypatch):
+    monkeypatch.setattr(launches, "_known", {})
+    kernel = Kernel()
+    run(kernel, torch.zeros(64))
+    run(kernel, **{"x": torch.zeros(64), **change})
+    assert len(kernel.compiled) == 2
+    assert kernel.launched == []
+
+
+def test_another_kernel_is_not_this_one(monkeypatch):
+    monkeypatch.setattr(launches, "_known", {})
+    kernels, x = (Kernel(), Kernel()), torch.zeros(64)
+    for kernel in kernels:
+        run(kernel, x)
+    assert [len(kernel.compiled) for kernel in kernels] == [1, 1]
+
+
+@interpreted
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("check", "shape"), [(check_anderson, (2, 37)), (check_groupnorm, (2, 37)), (check_attention, (1, 5))]
+)
+def test_kernels_touch_what_they_were_given(check, shape):
+    with checked():
+        assert all(row.passed for row in check(Case(torch.float32, shape, torch.device("cpu"), 1)))
+
+
+@interpreted
+@pytest.mark.kernels
+@pytest.mark.parametrize(("count", "what"), [(5, "reads"), (4, "writes")])
+def test_an_address_behind_a_tensor_is_noticed(count, what):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy_kernel(source_ptr, target_ptr, count, BLOCK: tl.constexpr):
+        lanes = tl.arange(0, BLOCK)
+        tl.store(target_ptr + lanes, tl.load(source_ptr + lanes, mask=lanes < count), mask=lanes < count)
+
+    with checked(), pytest.raises(Exception, match=f"copy_kernel {what} 0 bytes behind a tensor"):
+        copy_kernel[(1,)](torch.zeros(4), torch.zeros(3), count, BLOCK=8)

@@ -7,6 +7,7 @@ import torch
 
 from triton_deq.ops import anderson as op
 from triton_deq.reference.anderson import anderson_weights
+from triton_deq.reference.record import TOLERANCE, Record
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_anderson
 
@@ -140,3 +141,13 @@ def test_only_valid_slots_get_weight():
     assert torch.equal(weights[:, 2:], torch.zeros(2, 2, dtype=torch.float64))
     torch.testing.assert_close(weights.sum(1), torch.ones(2, dtype=torch.float64))
     assert weights[1].tolist() == [1, 0, 0, 0]
+
+
+def test_a_record_is_put_back_to_before_its_first_step(device):
+    record = Record(3, 1e-3, torch.device(device))
+    first = record.data.clone()
+    for tol in (1e-3, 1e-3, 0.5, 0.5, 1e-3):
+        record.data.normal_()
+        record.reset(tol)
+        first[TOLERANCE] = tol
+        assert torch.equal(record.data, first)

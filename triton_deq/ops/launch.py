@@ -18,8 +18,9 @@ MAX_PARTS = 256
 MAX_BLOCK = 2048
 
 
-_known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""By what Triton compiles a kernel anew for: the compiled kernel, and what it takes after `launch`'s args."""
+_known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
+"""By what Triton compiles a kernel anew for: the compiled kernel, what it takes after `launch`'s args, and
+the kernel that it was made of, whose id must stay its own."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -46,11 +47,11 @@ def _launch_known(
     known = (id(kernel), device, *key, *constants, *constants.values())
     found = _known.get(known)
     if found is not None:
-        compiled, rest = found
+        compiled, rest, _ = found
         compiled[(*grid, 1, 1)](*values, *rest)
         return
     compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
-    _known[known] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    _known[known] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :]), kernel
 
 
 def _told_apart(args: Iterable[Any]) -> tuple[list[Any], list[Any]]:

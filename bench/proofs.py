@@ -21,7 +21,8 @@ from .order import Order
 
 TESTS = (
     *("ops", "solvers", "cells", "citizen", "models"),
-    *("test_jacobian.py", "test_deq.py", "test_gradients.py", "test_counters.py", "test_compile.py"),
+    *("test_launch.py", "test_jacobian.py", "test_deq.py", "test_gradients.py", "test_counters.py"),
+    "test_compile.py",
 )
 """Under tests/: all that runs kernels, their gradchecks, the same bits twice, CUDA graphs and streams."""
 MODELS = ("language-model", "image-classifier")

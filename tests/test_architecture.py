@@ -55,7 +55,7 @@ THIRD_PARTY = {
 }
 
 # Modules of kernels/, reference/ and ops/ that serve all ops and are none.
-HELPERS = {"__init__", "primitives", "products", "activations", "record", "rows", "launch"}
+HELPERS = {"__init__", "primitives", "products", "activations", "record", "rows", "interpreted", "launch"}
 
 
 def modules() -> dict[str, Path]:

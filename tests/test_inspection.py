@@ -64,7 +64,7 @@ def run_here(*arguments: str) -> int:
 
 # ------------------------------------------------------------------------------------- what the library ships
 
-SHIPPED_TO = os.environ.get("INSPECT_TARGETS", "sm_90 gfx942").split()
+SHIPPED_TO = os.environ.get("INSPECT_TARGETS", "sm_90").split()
 """The targets that every entry is compiled for; .ci/run compiles for others with other versions of Triton."""
 
 

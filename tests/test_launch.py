@@ -1,11 +1,14 @@
 """Launches past Triton's own way to a compiled kernel, and what kernels touch."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from tests.memcheck import checked
 from triton_deq.backend import interpreting
 from triton_deq.ops import launch as launches
+from triton_deq.ops.anderson import anderson_residual, anderson_start
 from triton_deq.verification import Case
 from triton_deq.verification.attention import check_attention
 from triton_deq.verification.groupnorm import check_groupnorm
@@ -51,6 +54,49 @@ def test_a_known_kernel_gets_pointers_and_constants_in_its_order(monkeypatch):
     assert kernel.compiled[0][1][0] is x
     assert kernel.compiled[0][2]["enable_fp_fusion"]
     assert kernel.launched == [((4, 1, 1), y.data_ptr(), 9, (5, 48), 0.5, 8)]
+
+
+@interpreted
+@pytest.mark.kernels
+def test_the_interpreter_patches_the_language_once_a_launch(monkeypatch):
+    """Its way is to do it in every call of a function; a kernel with many has the same result without."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patched, patch, load = [], interpreter._patch_lang, tl.load
+
+    def counted(function):
+        patched.append(function.__module__)
+        return patch(function)
+
+    def step():
+        state = anderson_start(torch.arange(10.0).view(2, 5), 2, 1e-6, 3, "triton")
+        patched.clear()
+        anderson_residual(state, torch.cos(state.x), 0, 1.0, "triton")
+        return state.dots
+
+    monkeypatch.setattr(interpreter, "_patch_lang", counted)
+    found = step()
+    assert len(patched) == len(set(patched)) > 1  # the kernel's module and others
+    assert tl.load is load
+    monkeypatch.setattr(launches, "patched_once", nullcontext)
+    assert torch.equal(step(), found)
+    assert len(patched) > len(set(patched))
+
+
+@interpreted
+@pytest.mark.kernels
+def test_a_launch_that_fails_leaves_the_interpreter_as_it_was():
+    from triton.runtime import interpreter
+
+    class Failing:
+        def __getitem__(self, grid):
+            raise RuntimeError("no such grid")
+
+    patch = interpreter._patch_lang
+    with pytest.raises(RuntimeError, match="no such grid"):
+        launches.launch(Failing(), (1,), torch.zeros(1))
+    assert interpreter._patch_lang is patch
 
 
 @pytest.mark.parametrize(

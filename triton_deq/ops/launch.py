@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backend as backends
+from .interpreted import patched_once
 
 PROGRAMS = 2048
 """Enough programs to fill a large GPU several times; more would only repeat each sample's small solve."""
@@ -32,8 +33,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     `enable_fp_fusion` is said here for all kernels: Triton's default for it changes between versions.
     """
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    if device.type != "cuda":  # in the interpreter
-        kernel[grid](*args, **constants, enable_fp_fusion=True)
+    if device.type != "cuda":
+        with patched_once():
+            kernel[grid](*args, **constants, enable_fp_fusion=True)
         return
     with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
         _launch_known(kernel, grid, device.index, args, constants)

@@ -37,6 +37,7 @@ from torch.utils.flop_counter import flop_registry
 import triton_deq.backend
 import triton_deq.ops.launch
 from triton_deq.inspection.roofline import LAUNCH
+from triton_deq.ops.launch import launch_anew
 from triton_deq.timing import Call, Stopwatch
 
 from . import environment as environments
@@ -239,11 +240,13 @@ def _traced(ledger: Ledger) -> Iterator[None]:
         ledger.waits[_place()] += 1  # once, whatever the size
         return numpy.full(tensor.shape, _answer(tensor)).tolist()
 
-    real = triton_deq.ops.launch.launch
+    real, launch_at = triton_deq.ops.launch.launch, triton_deq.ops.launch.launch_at
     with ExitStack() as stack:
         for module in list(sys.modules.values()):
             if getattr(module, "launch", None) is real and module.__name__.startswith("triton_deq"):
                 stack.enter_context(mock.patch.object(module, "launch", note))
+            if getattr(module, "launch_at", None) is launch_at and module.__name__.startswith("triton_deq"):
+                stack.enter_context(mock.patch.object(module, "launch_at", launch_anew))
         stack.enter_context(mock.patch.object(triton_deq.backend, "_obstacle", return_value=""))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", as_list))

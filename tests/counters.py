@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import triton_deq.ops.launch
 from triton_deq.memory import LiveStorages
+from triton_deq.ops.launch import launch_anew
 
 # Operators that make the host wait for a GPU, because what they return depends on the data.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
@@ -89,6 +90,8 @@ class Counter:
         for module in list(sys.modules.values()):
             if getattr(module, "launch", None) is _launch and module.__name__.startswith("triton_deq"):
                 self._exits.enter_context(mock.patch.object(module, "launch", self._count_launch))
+            if getattr(module, "launch_at", None) is _launch_at and module.__name__.startswith("triton_deq"):
+                self._exits.enter_context(mock.patch.object(module, "launch_at", launch_anew))
         self._exits.enter_context(_interpreted_bytes(self))
         return self
 
@@ -152,7 +155,7 @@ class Counter:
             self.paused = before
 
 
-_launch = triton_deq.ops.launch.launch
+_launch, _launch_at = triton_deq.ops.launch.launch, triton_deq.ops.launch.launch_at
 
 
 class _Operators(TorchDispatchMode):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from triton_deq.cells import mlp as cell
 from triton_deq.ops import anderson, broyden, jacobian, mlp
+from triton_deq.ops.launch import launch_anew
 from triton_deq.solvers import graph, loop
 
 OPS = (anderson, broyden, jacobian, mlp)
@@ -74,6 +75,7 @@ captures: list[int] = []
 def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], None]:
     recorder = Recorder()
     patches = [mock.patch.object(op, "launch", recorder.launch) for op in OPS]
+    patches.append(mock.patch.object(anderson, "launch_at", launch_anew))
     for patch in patches:
         patch.start()
     try:

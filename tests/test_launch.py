@@ -42,7 +42,8 @@ class Compiled:
 
 
 def run(kernel, x, n=7, layout=(3, 32), block=8):
-    launches._launch_known(kernel, (4,), 0, (x, n, layout), {"BLOCK": block, "SCALE": 0.5, "num_warps": 2})
+    constants = {"BLOCK": block, "SCALE": 0.5, "num_warps": 2}
+    return launches._launch_known(kernel, (4,), 0, (x, n, layout), constants)
 
 
 def test_a_known_kernel_gets_pointers_and_constants_in_its_order(monkeypatch):
@@ -54,6 +55,22 @@ def test_a_known_kernel_gets_pointers_and_constants_in_its_order(monkeypatch):
     assert kernel.compiled[0][1][0] is x
     assert kernel.compiled[0][2]["enable_fp_fusion"]
     assert kernel.launched == [((4, 1, 1), y.data_ptr(), 9, (5, 48), 0.5, 8)]
+
+
+def test_a_place_launches_again_what_is_alike(monkeypatch):
+    """With the pointers that it had; anything that differs puts the arguments together anew."""
+    monkeypatch.setattr(launches, "_known", {})
+    kernel, x, y, launched = Kernel(), torch.zeros(64), torch.ones(64), {}
+    made = []
+    for place, tensor in (("a", x), ("a", x), ("a", y), ("b", y), ("a", y), ("b", y)):
+
+        def make(tensor=tensor, place=place):
+            made.append((place, tensor is y))
+            return run(kernel, tensor)
+
+        launches.launch_at(place, (tensor.data_ptr(),), launched, make)
+    assert made == [("a", False), ("a", True), ("b", True)]
+    assert [call[1] for call in kernel.launched] == [x.data_ptr(), *(y.data_ptr(),) * 4]
 
 
 @interpreted

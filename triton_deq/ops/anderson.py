@@ -15,7 +15,17 @@ from torch import Tensor
 from ..reference import anderson as reference
 from ..reference.anderson import AndersonState
 from ..reference.record import Record
-from .launch import MAX_BLOCK, Partition, cycle_length, launch, next_power_of_2, partition, wide_dtype
+from .launch import (
+    MAX_BLOCK,
+    Again,
+    Partition,
+    cycle_length,
+    launch,
+    launch_at,
+    next_power_of_2,
+    partition,
+    wide_dtype,
+)
 
 __all__ = [
     "AndersonState",
@@ -82,35 +92,42 @@ def anderson_step(
             last=last,
             backend=backend,
         )
-    batch, entries = state.x.shape
-    _, _, constants = _geometry(state)
-    constants["BLOCK"] = next_power_of_2(entries)
-    launch(
-        _kernels().anderson_step_kernel,
-        (batch,),
-        fx.contiguous(),
-        state.x,
-        state.best,
-        state.residuals,
-        state.iterates,
-        state.gram,
-        state.record.data,
-        state.active,
-        batch,
-        entries,
-        step % len(state.active),
-        (step + 1) % len(state.active),
-        step % state.history,
-        min(step + 1, state.history),
-        int(last),
-        MIXING=mixing,
-        LANDED=_landed(state, fx, step),
-        RELATIVE=relative,
-        RIDGE=ridge,
-        RELATIVE_RIDGE=relative_ridge,
-        **constants,
-    )
-    return state.active[step % len(state.active)]
+    fx = fx.contiguous()
+    tick, filled = step % len(state.active), min(step + 1, state.history)
+
+    def make() -> Again:
+        batch, entries = state.x.shape
+        _, _, constants = _geometry(state)
+        constants["BLOCK"] = next_power_of_2(entries)
+        return launch(
+            _kernels().anderson_step_kernel,
+            (batch,),
+            fx,
+            state.x,
+            state.best,
+            state.residuals,
+            state.iterates,
+            state.gram,
+            state.record.data,
+            state.active,
+            batch,
+            entries,
+            tick,
+            (step + 1) % len(state.active),
+            step % state.history,
+            filled,
+            int(last),
+            MIXING=mixing,
+            LANDED=_landed(state, fx, step),
+            RELATIVE=relative,
+            RIDGE=ridge,
+            RELATIVE_RIDGE=relative_ridge,
+            **constants,
+        )
+
+    alike = fx.data_ptr(), filled, last, mixing, relative, ridge, relative_ridge
+    launch_at(("step", tick), alike, state.launched, make)
+    return state.active[tick]
 
 
 def anderson_landing(state: AndersonState, step: int) -> Tensor | None:
@@ -158,26 +175,32 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     """
     if backend == "reference":
         return reference.anderson_residual(state, fx, step, mixing)
-    grid, cut, constants = _geometry(state)
-    launch(
-        _kernels().anderson_residual_kernel,
-        grid,
-        fx.contiguous(),
-        state.x,
-        state.residuals,
-        state.iterates,
-        state.dots,
-        state.record.data,
-        state.before,
-        *state.x.shape,
-        cut.parts,
-        cut.chunk,
-        step % state.history,
-        min(step + 1, state.history),
-        MIXING=mixing,
-        LANDED=_landed(state, fx, step),
-        **constants,
-    )
+    fx = fx.contiguous()
+    slot, filled = step % state.history, min(step + 1, state.history)
+
+    def make() -> Again:
+        grid, cut, constants = _geometry(state)
+        return launch(
+            _kernels().anderson_residual_kernel,
+            grid,
+            fx,
+            state.x,
+            state.residuals,
+            state.iterates,
+            state.dots,
+            state.record.data,
+            state.before,
+            *state.x.shape,
+            cut.parts,
+            cut.chunk,
+            slot,
+            filled,
+            MIXING=mixing,
+            LANDED=_landed(state, fx, step),
+            **constants,
+        )
+
+    launch_at(("residual", slot), (fx.data_ptr(), filled, mixing), state.launched, make)
     return None
 
 
@@ -217,33 +240,39 @@ def anderson_advance(
             relative_ridge=relative_ridge,
             last=last,
         )
-    grid, cut, constants = _geometry(state)
-    launch(
-        _kernels().anderson_advance_kernel,
-        grid,
-        state.x,
-        state.best,
-        state.iterates,
-        state.dots,
-        state.gram,
-        state.record.data,
-        state.before,
-        state.active,
-        *state.x.shape,
-        cut.parts,
-        cut.chunk,
-        step % len(state.active),
-        (step + 1) % len(state.active),
-        step % state.history,
-        int(last),
-        PARTS=next_power_of_2(cut.parts),
-        RELATIVE=relative,
-        OVER_BATCH=over_batch,
-        RIDGE=ridge,
-        RELATIVE_RIDGE=relative_ridge,
-        **constants,
-    )
-    return state.active[step % len(state.active)]
+    tick = step % len(state.active)
+
+    def make() -> Again:
+        grid, cut, constants = _geometry(state)
+        return launch(
+            _kernels().anderson_advance_kernel,
+            grid,
+            state.x,
+            state.best,
+            state.iterates,
+            state.dots,
+            state.gram,
+            state.record.data,
+            state.before,
+            state.active,
+            *state.x.shape,
+            cut.parts,
+            cut.chunk,
+            tick,
+            (step + 1) % len(state.active),
+            step % state.history,
+            int(last),
+            PARTS=next_power_of_2(cut.parts),
+            RELATIVE=relative,
+            OVER_BATCH=over_batch,
+            RIDGE=ridge,
+            RELATIVE_RIDGE=relative_ridge,
+            **constants,
+        )
+
+    alike = last, relative, over_batch, ridge, relative_ridge
+    launch_at(("advance", tick), alike, state.launched, make)
+    return state.active[tick]
 
 
 def _geometry(state: AndersonState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:

@@ -11,9 +11,9 @@ A relative ridge follows the scale of each residual, so it neither drowns the sm
 convergence nor depends on the units of z.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class AndersonState:
     active: `[cycle]` int32, how many samples went on after step k, in k mod cycle (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
     sums: `anderson_sums` of this step, once it was asked for (reference only).
+    launched: by place in the cycle, what was launched there and how to do it again (kernels only).
     """
 
     x: Tensor
@@ -74,6 +75,7 @@ class AndersonState:
     active: Tensor
     spare: Tensor
     sums: NDArray[np.float64] | None = None
+    launched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def history(self) -> int:

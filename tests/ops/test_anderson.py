@@ -75,6 +75,32 @@ def test_same_bits_every_time(device):
     assert torch.equal(first.record.data, second.record.data)
 
 
+@kernels
+@pytest.mark.parametrize("width", [37, 2100])
+@pytest.mark.parametrize(
+    "change", [{}, {"mixing": 0.5}, {"relative": False}, {"ridge": 1e-3}, {"relative_ridge": False}], ids=str
+)
+def test_only_what_has_not_changed_is_launched_again(change, width, device):
+    """One kernel or two; the second solve in the same memory comes to places that the first has left."""
+    first, second = torch.randn(2, 1, width, device=device)
+    where = torch.empty_like(first)  # f's value always lies here, so that its address does not tell
+    rule = RULE | {"mixing": 1.0, "ridge": 1e-2}
+
+    def steps(state, count, rule):
+        trail = []
+        for step in range(count):
+            torch.cos(3 * state.x, out=where)  # which comes to no rest
+            op.anderson_step(state, where, step, **rule, last=step == count - 1, backend="triton")
+            trail.append([each.clone() for each in (state.x, state.best, state.gram, state.record.data)])
+        return trail
+
+    used, new = (op.anderson_start(x, 4, 0.0, 20, "triton") for x in (first, second))
+    steps(used, 9, rule)
+    op.anderson_restart(used, second, 0.0)
+    for found, wanted in zip(steps(used, 6, rule | change), steps(new, 6, rule | change), strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
 def test_stopped_samples_are_left_alone(backend, device):
     x = torch.randn(3, 40, device=device)
     state = op.anderson_start(x, 2, 1e-6, 4, backend)

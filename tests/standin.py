@@ -75,7 +75,7 @@ captures: list[int] = []
 def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], None]:
     recorder = Recorder()
     patches = [mock.patch.object(op, "launch", recorder.launch) for op in OPS]
-    patches.append(mock.patch.object(anderson, "launch_at", launch_anew))
+    patches += [mock.patch.object(op, "launch_at", launch_anew) for op in (anderson, broyden)]
     for patch in patches:
         patch.start()
     try:

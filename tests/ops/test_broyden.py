@@ -11,6 +11,7 @@ from triton_deq.kernels.primitives import solve_pivoted
 import triton_deq as td
 from tests.problems import tanh_map
 from triton_deq.ops import broyden as op
+from triton_deq.ops.launch import launch_anew
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_broyden
 
@@ -70,6 +71,31 @@ def test_same_bits_every_time(device):
     first, second = run(), run()
     assert torch.equal(first.x, second.x)
     assert torch.equal(first.record.data, second.record.data)
+
+
+@kernels
+@pytest.mark.parametrize("change", [{}, {"relative": False}, {"over_batch": True}], ids=str)
+def test_only_what_has_not_changed_is_launched_again(change, device, monkeypatch):
+    """The second solve in the same memory comes to places that the first has left."""
+    first, second = torch.randn(2, 2, 37, device=device)
+    where = torch.empty_like(first)  # f's value always lies here, so that its address does not tell
+
+    def steps(state, count, rule):
+        trail = []
+        for step in range(count):
+            torch.cos(3 * state.x, out=where)  # which comes to no rest
+            op.broyden_residual(state, where, step, "triton")
+            op.broyden_advance(state, step, **rule | {"last": step == count - 1}, backend="triton")
+            trail.append([each.clone() for each in (state.x, state.best, state.matrix, state.record.data)])
+        return trail
+
+    used, new = (op.broyden_start(x, 3, 0.0, 20, "triton") for x in (first, second))
+    steps(used, 9, RULE)
+    op.broyden_restart(used, second, 0.0)
+    trail = steps(used, 9, RULE | change)
+    monkeypatch.setattr(op, "launch_at", launch_anew)  # else both could be wrong alike
+    for found, wanted in zip(trail, steps(new, 9, RULE | change), strict=True):
+        assert all(map(torch.equal, found, wanted))
 
 
 @triton.jit

@@ -15,7 +15,16 @@ from torch import Tensor
 from ..reference import broyden as reference
 from ..reference.broyden import BroydenState, broyden_adjoint, slots_for
 from ..reference.record import Record
-from .launch import Partition, cycle_length, launch, next_power_of_2, partition, wide_dtype
+from .launch import (
+    Again,
+    Partition,
+    cycle_length,
+    launch,
+    launch_at,
+    next_power_of_2,
+    partition,
+    wide_dtype,
+)
 
 BLOCK_BYTES = 4096
 """Of one state at a time: the products with a pair hold three of them in float64 registers."""
@@ -104,26 +113,32 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
     """
     if backend == "reference":
         return reference.broyden_residual(state, fx, step)
-    grid, cut, constants = _geometry(state)
-    launch(
-        _kernels().broyden_residual_kernel,
-        grid,
-        fx.contiguous(),
-        state.x,
-        state.moves,
-        state.changes,
-        state.dots,
-        state.record.data,
-        state.before,
-        *state.x.shape,
-        cut.parts,
-        cut.chunk,
-        step % state.slots,
-        (step - 1) % state.slots,
-        min(step, state.slots),
-        LANDED=_landed(state, fx, step),
-        **constants,
-    )
+    fx = fx.contiguous()
+    slot, filled = step % state.slots, min(step, state.slots)
+
+    def make() -> Again:
+        grid, cut, constants = _geometry(state)
+        return launch(
+            _kernels().broyden_residual_kernel,
+            grid,
+            fx,
+            state.x,
+            state.moves,
+            state.changes,
+            state.dots,
+            state.record.data,
+            state.before,
+            *state.x.shape,
+            cut.parts,
+            cut.chunk,
+            slot,
+            (step - 1) % state.slots,
+            filled,
+            LANDED=_landed(state, fx, step),
+            **constants,
+        )
+
+    launch_at(("residual", slot), (fx.data_ptr(), filled), state.launched, make)
     return None
 
 
@@ -146,34 +161,39 @@ def broyden_advance(
     """
     if backend == "reference":
         return reference.broyden_advance(state, step, relative=relative, over_batch=over_batch, last=last)
-    grid, cut, constants = _geometry(state)
-    launch(
-        _kernels().broyden_advance_kernel,
-        grid,
-        state.x,
-        state.best,
-        state.changes,
-        state.dots,
-        state.matrix,
-        state.squares,
-        state.record.data,
-        state.before,
-        state.active,
-        *state.x.shape,
-        cut.parts,
-        cut.chunk,
-        step % len(state.active),
-        (step + 1) % len(state.active),
-        step % state.slots,
-        (step - 1) % state.slots,
-        int(last),
-        PARTS=next_power_of_2(cut.parts),
-        RELATIVE=relative,
-        OVER_BATCH=over_batch,
-        num_warps=8 if state.slots > 32 else 4,  # which hold M, 64 × 64 in float64 then
-        **constants,
-    )
-    return state.active[step % len(state.active)]
+    tick = step % len(state.active)
+
+    def make() -> Again:
+        grid, cut, constants = _geometry(state)
+        return launch(
+            _kernels().broyden_advance_kernel,
+            grid,
+            state.x,
+            state.best,
+            state.changes,
+            state.dots,
+            state.matrix,
+            state.squares,
+            state.record.data,
+            state.before,
+            state.active,
+            *state.x.shape,
+            cut.parts,
+            cut.chunk,
+            tick,
+            (step + 1) % len(state.active),
+            step % state.slots,
+            (step - 1) % state.slots,
+            int(last),
+            PARTS=next_power_of_2(cut.parts),
+            RELATIVE=relative,
+            OVER_BATCH=over_batch,
+            num_warps=8 if state.slots > 32 else 4,  # which hold M, 64 × 64 in float64 then
+            **constants,
+        )
+
+    launch_at(("advance", tick), (last, relative, over_batch), state.launched, make)
+    return state.active[tick]
 
 
 def _geometry(state: BroydenState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:

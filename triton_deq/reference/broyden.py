@@ -11,7 +11,8 @@ Sherman-Morrison-Woodbury formula. In the form `J⁻¹ ≈ −I + U Vᵀ` of Bro
 So nothing of the size of a state is updated but the newest pair, and M gains one row and one column.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class BroydenState:
     dots: sums of the present step over slots i, p being the newest pair: row 0 `s_i · g`, row 1
         `s_i · (s_p − φ_p)`, row 2 `s_p · φ_i`; in column m + 1 `‖g‖²`, `‖f‖²` and `‖s_p‖²`.
         Kernels: float64 `[B, P, 3, ≥ m + 2]`, partial sums. Reference: `[B, 1, 3, m + 2]` float64.
-    record, before, active: as in `AndersonState`.
+    record, before, active, launched: as in `AndersonState`.
     spare: `[b, 2, N]`, g and s_p − φ_p of a block of samples, in the accumulation dtype (reference only).
     sums: `broyden_sums` of this step, once it was asked for (reference only).
     """
@@ -56,6 +57,7 @@ class BroydenState:
     active: Tensor
     spare: Tensor
     sums: NDArray[np.float64] | None = None
+    launched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def slots(self) -> int:

@@ -79,7 +79,7 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
     for patch in patches:
         patch.start()
     try:
-        with recorder:
+        with recorder, graph.casts_within():
             steps()
     finally:
         mock.patch.stopall()

@@ -107,6 +107,27 @@ def test_a_cell_that_reads_something_else_is_captured_anew(device):
 
 @kernels
 @pytest.mark.usefixtures("graphs")
+def test_casts_of_autocast_are_made_within_the_graphs(device):
+    """Of a cell that reads its weights itself, which autocast would cast once for the whole context."""
+
+    class Plain(torch.nn.Linear):
+        def inject(self, x):
+            return x
+
+        def forward(self, z, u):
+            return torch.tanh(super().forward(z) + u)
+
+    cell = Plain(6, 6).to(device)
+    plain, graphed = (td.DEQ(cell, td.Anderson(2), **OPTIONS, graph=graph) for graph in (False, True))
+    x = torch.randn(2, 6, device=device)
+    for scale in (1, 0.5, 0.5):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            cell.weight.mul_(scale)
+            assert torch.equal(graphed(x).value, plain(x).value)
+
+
+@kernels
+@pytest.mark.usefixtures("graphs")
 def test_gradients_through_a_deq_in_graph_mode(device):
     cell, xs = cell_and_inputs(device)
     grads = []

@@ -67,7 +67,7 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
         RuntimeError: steps that cannot be captured, with the message of whoever noticed.
     """
     graph = torch.cuda.CUDAGraph()
-    with on_capture_stream(device, True):
+    with on_capture_stream(device, True), casts_within():
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             steps()
@@ -82,6 +82,21 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
             raise
         graph.capture_end()
     return graph.replay
+
+
+@contextmanager
+def casts_within() -> Iterator[None]:
+    """While entered, autocast casts a weight wherever it is read.
+
+    Else a capture may read a cast that autocast keeps from before, of a weight as it was then, and in memory
+    that autocast gives back at its end.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

@@ -183,10 +183,13 @@ class DEQ(nn.Module):
     def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
         """Solve for the equilibrium of x, from z0 or from the cell's initial state."""
         cell: Any = self.cell
-        u = cell.inject(x)
+        return self.from_injection(cell.inject(x), z0)
+
+    def from_injection(self, u: Any, z0: Tensor | None = None) -> DEQOutput:
+        """The same from `u = cell.inject(x)`."""
         if z0 is None:
             z0 = self._initial_state(u)
-        f = Injected(cell, u)
+        f = Injected(self.cell, u)
 
         value, solution = fixed_point(
             f,

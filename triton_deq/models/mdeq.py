@@ -1,5 +1,6 @@
 """Multiscale DEQs on images: a stem, the equilibrium of one cell on several resolutions, and a head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cells.mdeq import MDEQCell, MDEQInjection, pack
+from ..cells.mdeq import MDEQCell, MDEQInjection, Scale, pack, unpack
 from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
+from ..ops.launch import transformed
 from ..solvers import Solution, Solver
+from ..solvers.graph_cache import GraphCache
+from ..solvers.graph_keys import repeatable
 from ..trees import register
 from .image_configurations import MDEQConfiguration
 from .mdeq_heads import ClassifierHead, SegmenterHead
@@ -44,7 +48,8 @@ class MDEQ(nn.Module):
 
     Args:
         configuration: all numbers of the model.
-        solver, graph, compact: of the forward solve, as in `DEQ`.
+        solver, graph, compact: of the forward solve, as in `DEQ`. In evaluation, without gradients, `graph`
+            replays all else of the model, too.
 
     Attributes:
         pretraining: True for the first part of training: `unrolled` applications of the cell from zero,
@@ -115,7 +120,10 @@ class MDEQ(nn.Module):
         Raises:
             TypeError, ValueError: images or a z0 that cannot be.
         """
-        features = self.stem(self._checked(images))
+        images = self._checked(images)
+        if self._replayed and not self.pretraining:
+            return self._replay(images, z0)
+        features = self.stem(images)
         initial = features.new_zeros(())
         if self.pretraining:
             u = self.cell.inject(features)
@@ -130,6 +138,30 @@ class MDEQ(nn.Module):
             initial = self.configuration.initialiser * relative_error(guess, out.solution.value)
         logits = self.head(self.cell.maps(out.value, out.injection))
         return MDEQOutput(logits, out.value.detach(), out.solution, out.penalty, initial)
+
+    @property
+    def _replayed(self) -> bool:
+        """Whether what is before and after the solve may come from graphs, too."""
+        watched = transformed() or torch.is_grad_enabled() or not repeatable(self.deq)
+        return bool(self.deq.graph) and not watched
+
+    def _replay(self, images: Tensor, z0: Tensor | None) -> MDEQOutput:
+        """The same without gradients, where all that the host does is to look whether the solve is done."""
+        graphs = self.deq.graph
+        assert isinstance(graphs, GraphCache)
+        with graphs.looking_once():
+            u, guess = graphs.call(self._before, (self.stem, self.initialiser, self.cell), images)
+            out = self.deq.from_injection(u, guess if z0 is None else z0)
+            logits = graphs.call(self._after, (self.head,), out.value, u.scales)
+        return MDEQOutput(logits.clone(), out.value, out.solution, out.penalty, out.value.new_zeros(()))
+
+    def _before(self, images: Tensor) -> tuple[MDEQInjection, Tensor | None]:
+        features = self.stem(images)
+        guess = None if self.initialiser is None else self.initialiser(features)
+        return self.cell.inject(features), guess
+
+    def _after(self, z: Tensor, scales: Sequence[Scale]) -> Tensor:
+        return self.head(unpack(z, scales))
 
     @torch.no_grad()
     def spectral_radius(self, images: Tensor, steps: int = 150) -> Tensor:

@@ -29,7 +29,7 @@ def usable(device: torch.device, backend: str, compact: float | None) -> bool:
         raise ValueError(
             f"compact={compact!r} changes the batch and graph=True fixes it: give one of the two"
         )
-    if device.type != "cuda":
+    if not captures(device):
         warnings.warn(
             f"graph=True does nothing on {device.type}, where no launches can be saved: leave it out",
             stacklevel=5,
@@ -38,6 +38,11 @@ def usable(device: torch.device, backend: str, compact: float | None) -> bool:
     if backend == "reference":
         raise ValueError("graph=True needs the kernels, and backend='reference' decides on the host")
     return True
+
+
+def captures(device: torch.device) -> bool:
+    """Whether there are graphs to capture in; ROCm devices carry the name "cuda" too."""
+    return device.type == "cuda"
 
 
 def stream(device: torch.device) -> torch.cuda.Stream:

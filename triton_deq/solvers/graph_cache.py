@@ -1,6 +1,7 @@
 """Graphs that are used again in later solves, and how they are kept from reading what is stale."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from . import graph
 from .graph import Replays
+from .graph_keys import of_leaf, of_mode, of_module, of_tensor, repeatable
 
 
 class GraphCache:
@@ -19,30 +22,83 @@ class GraphCache:
     function of others, and `module`, whose parameters and buffers are all else it reads. Inputs are copied
     into the tensors that were captured. A graph is used again only if shapes, dtypes and layouts of state
     and inputs are the same, and so are the addresses of parameters and buffers, every flag, number, name or
-    function that is an attribute of a submodule, and the numeric settings. Where f was seen to read anything
-    else, its graphs last for one solve.
+    function that is an attribute of a submodule, and autocast. Where f was seen to read anything else, its
+    graphs last for one solve.
+
+    What comes before and after a solve can be replayed as well (`call`).
     """
 
     def __init__(self, most: int = 8):
         self._most = most
         self._entries: dict[Any, Cached] = {}
+        self._calls: dict[Any, Call] = {}
+        self._looked: dict[int, Any] | None = None
 
     def find(self, f: Any, x: Tensor, settings: Any) -> "Cached":
         """The entry for a solve by f from x, its inputs up to date."""
         leaves, spec = tree_flatten(f.inputs)
-        key = (str(spec), settings, _of_tensor(x), *map(_of_leaf, leaves), *_of_module(f.module))
-        entry = self._entries.pop(key, None)
+        stays = [id(leaf) if self._lasts(leaf) else None for leaf in leaves]
+        given = (str(spec), settings, of_tensor(x), *map(of_leaf, leaves), *stays)
+        key = (given, of_mode(x.device), self._of(f.module))
+        entry = self._entries.get(key)
         if entry is None:
-            copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            copies = [leaf if place else _copied(leaf) for place, leaf in zip(stays, leaves, strict=True)]
             entry = Cached(f.given(tree_unflatten(copies, spec)), copies)
         else:
-            for copy, leaf in zip(entry.inputs, leaves, strict=True):
-                if isinstance(copy, Tensor):
-                    copy.copy_(leaf.detach())
-        self._entries[key] = entry  # as the newest
-        while len(self._entries) > self._most:
-            del self._entries[next(iter(self._entries))]
+            _renew(entry.inputs, leaves)
+        self._keep(self._entries, key, entry)
         return entry
+
+    def call(self, function: Callable[..., Any], modules: Sequence[nn.Module | None], *inputs: Any) -> Any:
+        """`function(*inputs)`, from a graph where it can be; without gradients.
+
+        What it returns lies where the next call leaves its own, and `find` does not copy what lies there.
+
+        function: reads the inputs, any nesting of tensors and settings, and the modules, and nothing else.
+        """
+        there = [module for module in modules if module is not None]
+        leaves, spec = tree_flatten(inputs)
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        if not (graph.captures(device) and all(map(repeatable, there))):
+            return function(*inputs)
+        given = (function, str(spec), *map(of_leaf, leaves))
+        key = (given, of_mode(device), *map(self._of, there))
+        call = self._calls.get(key)
+        if call is None:
+            call = Call.of(function, there, leaves, spec, device)
+        else:
+            _renew(call.inputs, leaves)
+        self._keep(self._calls, key, call)
+        if call.replay is None:
+            return function(*inputs)
+        call.replay()
+        return call.value
+
+    @contextmanager
+    def looking_once(self) -> Iterator[None]:
+        """While entered, no module changes: what a graph depends on of it is looked up once."""
+        self._looked = {}
+        try:
+            yield
+        finally:
+            self._looked = None
+
+    def _of(self, module: nn.Module) -> tuple[Any, ...]:
+        looked = {} if self._looked is None else self._looked
+        if id(module) not in looked:
+            looked[id(module)] = of_module(module)
+        return looked[id(module)]
+
+    def _lasts(self, leaf: Any) -> bool:
+        """Whether a call leaves it where it is. It may be a parameter: nothing else may be copied there."""
+        return any(id(leaf) in call.lasting for call in self._calls.values())
+
+    def _keep(self, kept: dict[Any, Any], key: Any, entry: Any) -> None:
+        """As the newest; the oldest go."""
+        kept.pop(key, None)
+        kept[key] = entry
+        while len(kept) > self._most:
+            del kept[next(iter(kept))]
 
     def forget(self, entry: "Cached") -> None:
         """This entry may not be used again."""
@@ -72,9 +128,40 @@ class Cached:
 
     def knows_all(self) -> bool:
         """Whether all that f was seen to read is the state, an input, a parameter or a buffer."""
-        module: nn.Module = self.f.module
-        known = [self.state.x, *self.inputs, *module.parameters(), *module.buffers()]
-        return self.reads.foreign <= {_address(tensor) for tensor in known if isinstance(tensor, Tensor)}
+        return self.reads.only([self.state.x, *self.inputs], [self.f.module])
+
+
+@dataclass
+class Call:
+    """A function of tensors that stay where they are, and whose value stays where it is.
+
+    replay: leaves the value there; None where the function cannot be captured, or reads something else.
+    lasting: the ids of the value's tensors, which live as long as this does.
+    """
+
+    inputs: list[Any]
+    value: Any = None
+    replay: Callable[[], None] | None = None
+    lasting: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(
+        cls, function: Any, modules: Sequence[nn.Module], leaves: list[Any], spec: Any, device: torch.device
+    ) -> "Call":
+        call = cls([_copied(leaf) for leaf in leaves])
+
+        def evaluate() -> None:
+            call.value = function(*tree_unflatten(call.inputs, spec))
+
+        with Reads() as reads:  # and what is compiled or loaded at first may not be captured
+            evaluate()
+        if reads.only(call.inputs, modules):
+            with suppress(RuntimeError):  # a function that waits for the device works as it is
+                call.replay = graph.capture(evaluate, device)
+        if call.replay is None:
+            return cls(call.inputs)
+        call.lasting = frozenset(id(leaf) for leaf in tree_leaves(call.value) if isinstance(leaf, Tensor))
+        return call
 
 
 class Reads(TorchDispatchMode):
@@ -84,6 +171,12 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.foreign: set[int] = set()
         self._made: dict[int, Tensor] = {}  # kept, so that no address is used twice
+
+    def only(self, tensors: Sequence[Any], modules: Sequence[nn.Module]) -> bool:
+        """Whether nothing was read but these tensors, and parameters and buffers of these modules."""
+        held = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        known = {_address(tensor) for tensor in (*tensors, *held) if isinstance(tensor, Tensor)}
+        return self.foreign <= known
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
@@ -100,23 +193,11 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _of_tensor(tensor: Tensor) -> Any:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _of_leaf(leaf: Any) -> Any:
-    return _of_tensor(leaf) if isinstance(leaf, Tensor) else leaf
-
-
-def _is_setting(value: Any) -> bool:
-    """Numbers, flags, names, functions, frozen records: what compares by value, or is never changed."""
-    return isinstance(value, Hashable) and not isinstance(value, Tensor | nn.Module)
-
-
-def _of_module(module: nn.Module) -> Iterator[Any]:
-    """All that a captured evaluation depends on: where tensors lie, flags and numbers, autocast."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        yield tensor.data_ptr(), _of_tensor(tensor)
-    for part in module.modules():
-        yield type(part), *((name, value) for name, value in vars(part).items() if _is_setting(value))
-    yield torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+def _renew(copies: Sequence[Any], leaves: Sequence[Any]) -> None:
+    for copy, leaf in zip(copies, leaves, strict=True):
+        if isinstance(copy, Tensor) and copy is not leaf:
+            copy.copy_(leaf.detach())

@@ -4,6 +4,7 @@ Not differentiable: a solve runs without gradients, and `triton_deq.gradients` g
 """
 
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -288,6 +289,7 @@ def _geometry(state: AndersonState) -> tuple[tuple[int, int], Partition, dict[st
     return (batch, cut.parts), cut, constants
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import anderson
 

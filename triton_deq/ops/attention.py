@@ -7,6 +7,7 @@ that of the tensors, as products have made them.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -596,6 +597,7 @@ def _context(parameters: Any, options: dict[str, Any], seed: Tensor | None) -> C
     return Context(positions, content_bias, position_bias, memory_keys, memory_values, seed=seed, **options)
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import attention as kernels
 

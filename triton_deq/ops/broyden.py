@@ -4,6 +4,7 @@ Not differentiable: a solve runs without gradients, and `triton_deq.gradients` g
 """
 
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -213,6 +214,7 @@ def _cut(x: Tensor) -> Partition:
     return partition(batch, entries, most=BLOCK_BYTES // x.element_size())
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import broyden
 

@@ -4,6 +4,7 @@ Inside torch.compile and in the transforms of torch.func the ordinary operators 
 is that of the matrices, which are cast once a solve.
 """
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -165,6 +166,7 @@ class FeedforwardVJPFunction(torch.autograd.Function):
         )
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import feedforward as kernels
 

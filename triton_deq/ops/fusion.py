@@ -1,6 +1,7 @@
 """The multiscale sum of a DEQ on several resolutions, as an op, and its vector-Jacobian product."""
 
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -91,7 +92,7 @@ def fusion_fwd(base: Tensor, terms: Sequence[Tensor], relu: bool) -> Tensor:
     base = laid(base)
     value = fresh(base)
     height, width = base.shape[2:]
-    grid, constants = _tiles(base, height * width)
+    grid, constants = _tiles(*base.shape[:2], height * width, base.dtype, TILE)
     for first in range(0, max(len(terms), 1), 3):
         three = [
             laid(term).contiguous(memory_format=torch.channels_last) for term in terms[first : first + 3]
@@ -135,7 +136,7 @@ def fusion_vjp_fwd(vector: Tensor, value: Tensor | None, factors: Sequence[int])
                 shape, dtype=vector.dtype, device=vector.device, memory_format=torch.channels_last
             )
             held[factor] = pooled
-        grid, constants = _tiles(vector, height // step * (width // step))
+        grid, constants = _tiles(*vector.shape[:2], height // step * (width // step), vector.dtype, TILE)
         launch(
             _kernels().fusion_vjp_kernel,
             grid,
@@ -194,14 +195,16 @@ class FusionVJPFunction(torch.autograd.Function):
         return total if value is None else torch.where(value > 0, total, 0), None, None, None
 
 
-def _tiles(x: Tensor, pixels: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid and the launch's constants: pixels and channels of a program."""
-    batch, channels = x.shape[:2]
+@lru_cache(maxsize=1024)
+def _tiles(
+    batch: int, channels: int, pixels: int, dtype: torch.dtype, most: int
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """The grid and the launch's constants: pixels and channels of a program, `most` entries together."""
     block = min(next_power_of_2(channels), 128)
-    rows = min(TILE // block, next_power_of_2(pixels))
+    rows = min(most // block, next_power_of_2(pixels))
     constants = {
         "C": channels,
-        "WIDE": wide_dtype(x.dtype),
+        "WIDE": wide_dtype(dtype),
         "ROWS": rows,
         "BLOCK": block,
         "num_warps": min(max(rows * block // 512, 1), 4),
@@ -227,6 +230,7 @@ def _check(base: Any, terms: Sequence[Any]) -> None:
             )
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import fusion
 

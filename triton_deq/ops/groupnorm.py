@@ -4,6 +4,7 @@ Inside torch.compile and in the transforms of torch.func the ordinary operators 
 of them. Autocast changes nothing: statistics are wide anyway, and the value has x's dtype.
 """
 
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -155,7 +156,7 @@ def groupnorm_fwd(
     value = out if out is not None and laid(out) is out else fresh(x)
     wide = accumulate_dtype(x.dtype)
     mean, inverse = (x.new_empty(x.shape[0], groups, dtype=wide) for _ in range(2))
-    grid, constants = _tiles(x, groups, TILE)
+    grid, constants = _tiles(x.shape, x.dtype, groups, TILE)
     launch(
         _kernels().groupnorm_kernel,
         grid,
@@ -190,7 +191,7 @@ def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False
     masked = value is not None and residual
     v = fresh(vector) if masked else vector
     sums = mean.new_empty(len(x), 2, x.shape[1]) if parameters else mean
-    grid, constants = _tiles(x, mean.shape[1], TILE)
+    grid, constants = _tiles(x.shape, x.dtype, mean.shape[1], TILE)
     launch(
         _kernels().groupnorm_vjp_kernel,
         grid,
@@ -230,7 +231,7 @@ def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, h
     of_x, of_vector = fresh(x), fresh(vector)
     of_sum = of_x if mask is None else fresh(x)
     sums = mean if gain is None else mean.new_empty(len(x), x.shape[1])
-    grid, constants = _tiles(x, mean.shape[1], SECOND_TILE)
+    grid, constants = _tiles(x.shape, x.dtype, mean.shape[1], SECOND_TILE)
     launch(
         _kernels().groupnorm_second_kernel,
         grid,
@@ -397,16 +398,19 @@ def _gradients(value: Tensor, given: tuple[Any, ...], vector: Tensor | None) -> 
 # ------------------------------------------------------------------------------------ shapes and their checks
 
 
-def _tiles(x: Tensor, groups: int, most: int) -> tuple[tuple[int], dict[str, Any]]:
+@lru_cache(maxsize=1024)
+def _tiles(
+    shape: torch.Size, dtype: torch.dtype, groups: int, most: int
+) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the launch's constants: a program a group, which it reads in tiles of `most` entries."""
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = shape
     block = next_power_of_2(channels // groups)
     rows = min(max(most // block, 1), next_power_of_2(height * width))
     constants = {
         "P": height * width,
         "C": channels,
         "G": groups,
-        "WIDE": wide_dtype(x.dtype),
+        "WIDE": wide_dtype(dtype),
         "ROWS": rows,
         "BLOCK": block,
         "num_warps": min(max(rows * block // 512, 1), 8),
@@ -442,16 +446,17 @@ def _check(
         ("gain", gain, (channels,)),
         ("offset", offset, (channels,)),
         ("mask", mask, (x.shape[0], channels)),
-        ("shift", shift, tuple(x.shape)),
-        ("residual", residual, tuple(x.shape)),
+        ("shift", shift, x.shape),
+        ("residual", residual, x.shape),
     )
     for name, tensor, shape in wanted:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: for this x it must be {shape}")
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: for this x it must be {tuple(shape)}")
     if mask is not None and mask.requires_grad:
         raise ValueError("mask.requires_grad=True, and no gradient reaches a mask: give mask.detach()")
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import groupnorm
 

@@ -1,5 +1,6 @@
 """Probes and squared norms as ops: what the stochastic Jacobian-norm estimate is made of."""
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -106,6 +107,7 @@ def squared_norm(value: Tensor, backend: str = "auto") -> Tensor:
     return SquaredNormFunction.apply(rows)
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import jacobian
 

@@ -112,15 +112,15 @@ def _told_apart(args: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     for arg in args:
         if isinstance(arg, Tensor):
             pointer = arg.data_ptr()
-            key += (arg.dtype, pointer & 15, arg.is_cuda)
-            values.append(pointer)
-            continue
-        if isinstance(arg, tuple):
+            usual = arg.is_cuda and not pointer & 15
+            key.append(arg.dtype if usual else (arg.dtype, pointer & 15, arg.is_cuda))
+            arg = pointer
+        elif isinstance(arg, int):
+            key.append("1" if arg == 1 else arg.bit_length() if arg >> 31 else arg & 15 == 0)
+        elif isinstance(arg, tuple):
             inside, arg = _told_apart(arg)
             key.append(tuple(inside))
             arg = tuple(arg)
-        elif isinstance(arg, int):
-            key.append("1" if arg == 1 else (arg & 15 == 0, arg.bit_length() if arg >> 31 else 0))
         else:
             key.append(type(arg))
         values.append(arg)
@@ -205,6 +205,8 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
 
 def laid(x: Tensor) -> Tensor:
     """A map `[B, C, H, W]` with each sample dense and channels-last, `[H, W, C]`: itself if it can be."""
+    if x.is_contiguous(memory_format=torch.channels_last):  # the usual case, before the look at each stride
+        return x
     _, channels, _, width = x.shape
     wanted = (1, width * channels, channels)
     if all(
@@ -216,8 +218,7 @@ def laid(x: Tensor) -> Tensor:
 
 def sample_stride(x: Tensor) -> int:
     """How far apart the samples of such a map begin; of a single one it means nothing."""
-    batch, channels, height, width = x.shape
-    return x.stride(0) if batch > 1 else channels * height * width
+    return x.stride()[0] if len(x) > 1 else x.numel()
 
 
 def fresh(like: Tensor) -> Tensor:

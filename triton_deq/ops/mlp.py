@@ -5,6 +5,7 @@ know what to make of them.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -536,6 +537,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import mlp
 

@@ -6,6 +6,7 @@ of them. Autocast changes nothing: statistics are wide anyway, and the value has
 
 import functools
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -513,6 +514,7 @@ def _broadcasts(shape: torch.Size, wanted: torch.Size) -> bool:
     return all(own in (1, other) for own, other in zip(reversed(shape), reversed(wanted), strict=False))
 
 
+@cache
 def _kernels() -> ModuleType:
     from ..kernels import norm
 

@@ -79,7 +79,7 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
     for patch in patches:
         patch.start()
     try:
-        with recorder, graph.casts_within():
+        with recorder, graph.without_caches():
             steps()
     finally:
         mock.patch.stopall()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import triton_deq as td
 from tests import standin
@@ -115,6 +116,32 @@ def test_what_is_elsewhere_or_otherwise_is_captured_anew(device):
     with torch.inference_mode():
         graphed(images(device))
     agree(plain, graphed, images(device))
+    captured, products = len(standin.captures), torch.backends.cuda.matmul
+    products.allow_tf32 = not products.allow_tf32
+    try:
+        agree(plain, graphed, images(device), within=0.1 if device == "cuda" else 1e-4)
+    finally:
+        products.allow_tf32 = not products.allow_tf32
+    assert device == "cuda" or len(standin.captures) > captured
+
+
+@pytest.mark.parametrize("first", ["plain", "graphed"])
+def test_what_is_kept_of_weights_for_a_while_is_in_no_graph(first, device):
+    """Casts by autocast and normalised weights, when the graphs are captured and before."""
+    plain, graphed = pair(device)
+    x = images(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16), parametrize.cached():
+        if first == "plain":
+            graphed.deq.graph, graphs = False, graphed.deq.graph
+            graphed(x)
+            graphed.deq.graph = graphs
+        agree(plain, graphed, x, within=0.1)
+    assert device == "cuda" or len(standin.captures) == 2  # before and after the solve
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        for model in (plain, graphed):
+            for parameter in model.parameters():
+                parameter.mul_(-0.7)
+        agree(plain, graphed, x, within=0.1)
 
 
 def test_the_equilibrium_alone_after_the_whole(device):

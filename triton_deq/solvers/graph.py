@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 Step = Callable[[int], Any]
 """Takes one step of a solve, given its number, without looking at the device."""
@@ -72,7 +73,7 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
         RuntimeError: steps that cannot be captured, with the message of whoever noticed.
     """
     graph = torch.cuda.CUDAGraph()
-    with on_capture_stream(device, True), casts_within():
+    with on_capture_stream(device, True), without_caches():
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             steps()
@@ -90,18 +91,20 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 @contextmanager
-def casts_within() -> Iterator[None]:
-    """While entered, autocast casts a weight wherever it is read.
+def without_caches() -> Iterator[None]:
+    """While entered, a weight is cast by autocast and made by its parametrization wherever it is read.
 
-    Else a capture may read a cast that autocast keeps from before, of a weight as it was then, and in memory
-    that autocast gives back at its end.
+    Else a capture may read what autocast or `parametrize.cached` keeps from before, of a weight as it was
+    then, and in memory that they give back at their end.
     """
-    before = torch.is_autocast_cache_enabled()
+    before = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
     torch.set_autocast_cache_enabled(False)
+    parametrize._cache_enabled = 0
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.set_autocast_cache_enabled(before[0])
+        parametrize._cache_enabled = before[1]
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

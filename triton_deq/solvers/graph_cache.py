@@ -22,8 +22,8 @@ class GraphCache:
     function of others, and `module`, whose parameters and buffers are all else it reads. Inputs are copied
     into the tensors that were captured. A graph is used again only if shapes, dtypes and layouts of state
     and inputs are the same, and so are the addresses of parameters and buffers, every flag, number, name or
-    function that is an attribute of a submodule, and autocast. Where f was seen to read anything else, its
-    graphs last for one solve.
+    function that is an attribute of a submodule, autocast and the numeric settings. Where f was seen to read
+    anything else, its graphs last for one solve.
 
     What comes before and after a solve can be replayed as well (`call`).
     """
@@ -123,7 +123,7 @@ class Cached:
 
     def watched(self, z: Tensor) -> Tensor:
         """f(z); notes what f reads."""
-        with self.reads:
+        with self.reads, graph.without_caches():
             return self.f(z)
 
     def knows_all(self) -> bool:
@@ -153,8 +153,8 @@ class Call:
         def evaluate() -> None:
             call.value = function(*tree_unflatten(call.inputs, spec))
 
-        with Reads() as reads:  # and what is compiled or loaded at first may not be captured
-            evaluate()
+        with Reads() as reads, graph.without_caches():
+            evaluate()  # what is compiled or loaded at first may not be captured
         if reads.only(call.inputs, modules):
             with suppress(RuntimeError):  # a function that waits for the device works as it is
                 call.replay = graph.capture(evaluate, device)

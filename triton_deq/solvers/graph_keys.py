@@ -20,9 +20,15 @@ def of_leaf(leaf: Any) -> Any:
 
 
 def of_mode(device: torch.device) -> Any:
-    """Autocast's, and whether tensors are made that may only be written in inference mode."""
-    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    return *autocast, torch.is_inference_mode_enabled()
+    """What products are computed in, and whether tensors are made that only inference mode may write."""
+    return (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
 
 
 def of_module(module: nn.Module) -> tuple[Any, ...]:

@@ -148,8 +148,7 @@ class MDEQCell(nn.Module):
 
     def initial_state(self, u: MDEQInjection) -> Tensor:
         """Zeros, `[B, N]`."""
-        weight = self._units[0].conv.weight
-        return weight.new_zeros(u.shift.shape[0], sum(scale.entries for scale in u.scales))
+        return self._like.new_zeros(u.shift.shape[0], sum(scale.entries for scale in u.scales))
 
     def select(self, u: MDEQInjection, samples: Tensor) -> MDEQInjection:
         """u for these samples of the batch alone."""
@@ -160,6 +159,11 @@ class MDEQCell(nn.Module):
     def maps(self, z: Tensor, u: MDEQInjection) -> list[Tensor]:
         """The maps `[B, C_i, H_i, W_i]` of a packed state, channels-last, as views of it."""
         return unpack(z, u.scales)
+
+    @property
+    def _like(self) -> Tensor:
+        """A parameter, for dtype and device: a convolution's weight may have to be made of two."""
+        return self.blocks[0].norm.weight
 
     def _weights(self, device: str) -> tuple[Tensor, ...]:
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -181,8 +185,9 @@ class MDEQCell(nn.Module):
         if not (self.training and self.dropout):
             return None
         kept = 1 - self.dropout
-        like = self._units[0].conv.weight
-        return tuple(like.new_empty(x.shape[0], width).bernoulli_(kept) / kept for width in self.channels)
+        return tuple(
+            self._like.new_empty(x.shape[0], width).bernoulli_(kept) / kept for width in self.channels
+        )
 
     # ------------------------------------------------------------------------------- every step
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import graph
 from .graph import Replays
-from .graph_keys import of_leaf, of_mode, of_module, of_tensor, repeatable
+from .graph_keys import Look, look, of_leaf, of_mode, of_tensor
 
 
 class GraphCache:
@@ -32,14 +32,14 @@ class GraphCache:
         self._most = most
         self._entries: dict[Any, Cached] = {}
         self._calls: dict[Any, Call] = {}
-        self._looked: dict[int, Any] | None = None
+        self._looked: dict[int, Look] | None = None
 
     def find(self, f: Any, x: Tensor, settings: Any) -> "Cached":
         """The entry for a solve by f from x, its inputs up to date."""
         leaves, spec = tree_flatten(f.inputs)
         stays = [id(leaf) if self._lasts(leaf) else None for leaf in leaves]
         given = (str(spec), settings, of_tensor(x), *map(of_leaf, leaves), *stays)
-        key = (given, of_mode(x.device), self._of(f.module))
+        key = (given, of_mode(x.device), self._look(f.module).key)
         entry = self._entries.get(key)
         if entry is None:
             copies = [leaf if place else _copied(leaf) for place, leaf in zip(stays, leaves, strict=True)]
@@ -59,10 +59,11 @@ class GraphCache:
         there = [module for module in modules if module is not None]
         leaves, spec = tree_flatten(inputs)
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        if not (graph.captures(device) and all(map(repeatable, there))):
+        looks = [self._look(module) for module in there]
+        if not (graph.captures(device) and all(each.repeatable for each in looks)):
             return function(*inputs)
         given = (function, str(spec), *map(of_leaf, leaves))
-        key = (given, of_mode(device), *map(self._of, there))
+        key = (given, of_mode(device), *(each.key for each in looks))
         call = self._calls.get(key)
         if call is None:
             call = Call.of(function, there, leaves, spec, device)
@@ -83,10 +84,10 @@ class GraphCache:
         finally:
             self._looked = None
 
-    def _of(self, module: nn.Module) -> tuple[Any, ...]:
+    def _look(self, module: nn.Module) -> Look:
         looked = {} if self._looked is None else self._looked
         if id(module) not in looked:
-            looked[id(module)] = of_module(module)
+            looked[id(module)] = look(module)
         return looked[id(module)]
 
     def _lasts(self, leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """What a captured function depends on besides the values of its tensors, as keys of a dictionary."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,14 +32,26 @@ def of_mode(device: torch.device) -> Any:
     )
 
 
-def of_module(module: nn.Module) -> tuple[Any, ...]:
-    """Of all its parts: where tensors lie, and every flag, number, name or function.
+@dataclass(frozen=True)
+class Look:
+    """What a graph depends on of a module.
 
-    Models have hundreds of parts with dozens of attributes, and this is asked before each replay: hence the
-    short way past most of them.
+    Attributes:
+        key: of all its parts, where tensors lie, and every flag, number, name or function.
+        repeatable: whether a call of it does no more than compute.
     """
+
+    key: tuple[Any, ...]
+    repeatable: bool
+
+
+def look(module: nn.Module) -> Look:
+    """Models have hundreds of parts with dozens of attributes, and are looked at before each replay: hence
+    the short way past most of them."""
     key: list[Any] = []
+    quiet = True
     for part in parts(module):
+        quiet = quiet and repeatable(part)
         key += (type(part), part.training)
         for name, value in part.__dict__.items():
             if name not in _EVERY and (value.__class__ in _PLAIN or _is_setting(value)):
@@ -47,12 +60,12 @@ def of_module(module: nn.Module) -> tuple[Any, ...]:
             for tensor in tensors.values():
                 if tensor is not None:
                     key += (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
-    return tuple(key)
+    return Look(tuple(key), quiet)
 
 
-def repeatable(module: nn.Module) -> bool:
-    """Whether a call of it does no more than compute: nothing is trained, and no hook is waiting."""
-    return not any(part.training or part._forward_hooks or part._forward_pre_hooks for part in parts(module))
+def repeatable(part: nn.Module) -> bool:
+    """Whether nothing is trained there, and no hook is waiting, which a graph would not run."""
+    return not (part.training or part._forward_hooks or part._forward_pre_hooks)
 
 
 def parts(module: nn.Module) -> Iterator[nn.Module]:

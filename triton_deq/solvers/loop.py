@@ -217,6 +217,7 @@ def _solve_in_graphs(
     """The same with graphs: of this solve alone, or those that a cache has from earlier ones."""
     x = layout.rows(z0.detach())
     entry = graph.find(f, x, (solver, stopping, trace)) if isinstance(graph, GraphCache) else None
+    watching = entry is not None and entry.replays is None
     if entry is not None and entry.replays is not None:
         state, replays, call = entry.state, entry.replays, entry.f
         solver.restart(state, x, stopping)
@@ -235,7 +236,7 @@ def _solve_in_graphs(
         solver.step(state, fx, step, stopping, backend)
 
     nfe, traced = replays.run(one, state, stopping.max_steps)
-    if isinstance(graph, GraphCache) and entry is not None and not entry.knows_all():
+    if isinstance(graph, GraphCache) and entry is not None and watching and not entry.knows_all():
         graph.forget(entry)
     value = layout.unrows(state.best if entry is None else state.best.clone())
     return finish(value, state.record, nfe, traced if trace else None, False, "graph"), state

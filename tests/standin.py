@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from triton_deq import gradients
 from triton_deq.cells import mlp as cell
 from triton_deq.ops import anderson, broyden, jacobian, mlp
 from triton_deq.ops.launch import launch_anew
@@ -63,8 +64,9 @@ class Recorder(TorchDispatchMode):
                     self._before[id(tensor)] = (tensor, tensor.detach().clone())
 
     def undo(self) -> None:
-        for tensor, value in reversed(self._before.values()):
-            tensor.detach().copy_(value)
+        with _disable_current_modes():
+            for tensor, value in reversed(self._before.values()):
+                tensor.data.copy_(value)  # whose version stays as it was: nothing has happened
 
 
 LAUNCH = anderson.launch
@@ -100,5 +102,6 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(cell.MLPCell, "whole_solve", None)
     monkeypatch.setattr(cell.Adjoint, "whole_solve", None)
     monkeypatch.setattr(graph, "capture", capture)
-    monkeypatch.setattr(graph, "captures", lambda device: True)
+    for module in (graph, gradients):
+        monkeypatch.setattr(module, "captures", lambda device: True)
     monkeypatch.setattr(loop, "usable", lambda device, backend, compact: True)

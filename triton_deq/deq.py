@@ -128,9 +128,11 @@ class DEQ(nn.Module):
             `whole_solve(z0, u, solver, stopping, trace)` are as in `solve`, with u.
         solver: `Anderson()` by default.
         tol, max_steps, residual, norm_over, check_every, compact, debug: as in `solve`.
-        graph: as in `solve`, but the forward's graphs are kept for inputs of the same shapes and dtypes (the
-            last 8 kinds), in memory that holds a solver state each. A cell that reads tensors other than z,
-            u, its parameters and buffers is captured anew for each solve.
+        graph: as in `solve`, but graphs are kept for inputs of the same shapes and dtypes (of the last 8
+            kinds of solve), in memory that holds a solver state each. Those of an `ImplicitGradient`'s
+            backward solve are kept as well if the cell has `vjp`, which is asked once more for it, within a
+            graph. A cell that reads tensors other than z, u, its parameters and buffers is captured anew for
+            each solve.
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
         backend: "auto", "triton" or "reference".

@@ -5,7 +5,7 @@ returns the value with its graph, and the solution.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,9 @@ from .jacobian import closed_vjp
 from .ops.launch import transformed
 from .solvers import Anderson, Broyden, Solution, Solver, solve
 from .solvers.functional import functional_solve
-from .solvers.graph import on_capture_stream
+from .solvers.graph import captures, on_capture_stream
+from .solvers.graph_cache import GraphCache
+from .solvers.graph_keys import of_autocast
 from .solvers.layout import Layout
 from .solvers.loop import check_solver, solve_and_keep
 from .solvers.stopping import Stopping
@@ -97,14 +99,17 @@ class ImplicitGradient:
         solution, state = solve_and_keep(copied, z0, solver, backend=backend, **options)
         closed = closed_vjp(f)
         at = solution.value.detach().requires_grad_(closed is None)
-        graph = bool(options["graph"])
-        with on_capture_stream(at.device, graph):
+        graph = options["graph"]
+        with on_capture_stream(at.device, bool(graph)):
             value, pullback = (f(at), None) if closed is None else closed(at)
         check_value(value, at)
         estimate = None
         if isinstance(solver, Broyden) and self.shine is not None and state is not None:
             estimate = _Estimate(solver, state, Layout(at))
-        adjoint = _Adjoint(self, solution, backend, graph, estimate, pullback)
+        again = None
+        if closed is not None and isinstance(graph, GraphCache) and captures(at.device):
+            again = _AdjointMap(f, at, of_autocast(at.device))
+        adjoint = _Adjoint(self, solution, backend, graph, estimate, pullback, again)
         return _ImplicitFunction.apply(value, at, adjoint), solution
 
     def _traced(
@@ -142,31 +147,39 @@ class _Adjoint:
     gradient: ImplicitGradient
     forward: Solution
     backend: str
-    graph: bool
+    graph: bool | GraphCache
     estimate: _Estimate | None
     pullback: Function | None
+    again: "_AdjointMap | None"
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
         """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
         gradient = self.gradient
         if gradient.shine == "alone" and self.estimate is not None:
             return self.estimate(grad)
-        # A closed form may know the whole map: then it writes into the solver's ring, or solves by itself.
-        whole = getattr(product, "plus", None)
+        mapped = _plus(product, grad)
+        if self.again is not None:
+            mapped = self.again.like(mapped, grad)
         solution = solve(
-            (lambda u: product(u) + grad) if whole is None else whole(grad),
+            mapped,
             self._start(grad),
             gradient.solver,
             tol=gradient.tol,
             max_steps=gradient.max_steps,
             throw=gradient.throw,
-            graph=self.graph and grad.device.type == "cuda",
+            graph=self._graph(grad, mapped),
             backend=self.backend,
         )
         object.__setattr__(self.forward, "backward", solution)
         if gradient.warm_start:
             gradient._last["u"] = solution.value
         return solution.value
+
+    def _graph(self, grad: Tensor, mapped: Any) -> Any:
+        """The forward's graphs where they can be used again, or one for this solve."""
+        if not captures(grad.device):
+            return False
+        return self.graph if isinstance(mapped, _AdjointMap) else bool(self.graph)
 
     def _start(self, grad: Tensor) -> Tensor:
         if self.estimate is not None:
@@ -178,6 +191,57 @@ class _Adjoint:
             grad.device,
         )
         return last if last is not None and alike else grad
+
+
+@dataclass(eq=False)
+class _AdjointMap:
+    """`x ↦ xJ(z) + g` as a graph cache takes it, of a cell that knows J in closed form.
+
+    In each backward pass what the product reads lies elsewhere: so f is evaluated at z once more, without
+    gradients and in a graph, which leaves it in one place. Autocast is as it was in the forward pass.
+    """
+
+    f: Any
+    z: Tensor
+    autocast: tuple[Any, ...]
+    shift: Tensor | None = None
+    whole_solve: Any = None
+    _map: Any = None
+
+    def like(self, mapped: Any, shift: Tensor) -> "_AdjointMap":
+        """With the offer that the map itself makes."""
+        return replace(self, shift=shift, whole_solve=getattr(mapped, "whole_solve", None))
+
+    @property
+    def module(self) -> Any:
+        return self.f.module
+
+    @property
+    def inputs(self) -> Any:
+        return self.f.inputs, self.z, self.shift, *self.autocast
+
+    def given(self, inputs: Any) -> "_AdjointMap":
+        u, z, shift, *autocast = inputs
+        return _AdjointMap(self.f.given(u), z, tuple(autocast), shift)
+
+    def prepare(self) -> None:
+        enabled, dtype = self.autocast
+        closed: Any = closed_vjp(self.f)
+        with torch.no_grad(), torch.autocast(self.z.device.type, dtype, enabled):
+            self._map = _plus(closed(self.z)[1], self.shift)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._map(x)
+
+    @property
+    def write(self) -> Any:
+        return self._map.write
+
+
+def _plus(product: Any, shift: Any) -> Any:
+    """`x ↦ xJ + g`. A closed form may know it whole: then it writes into the ring, or solves by itself."""
+    whole = getattr(product, "plus", None)
+    return (lambda x: product(x) + shift) if whole is None else whole(shift)
 
 
 class _ImplicitFunction(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""All of a multiscale model in graphs; on a CPU a stand-in records and repeats what they would."""
+"""Models whose solves, or all of which, are in graphs; on a CPU a stand-in does what they would."""
 
 import operator
 from dataclasses import replace
@@ -10,8 +10,15 @@ from torch.nn.utils import parametrize
 
 import triton_deq as td
 from tests import standin
-from triton_deq.models import IMAGE_CONFIGURATIONS, MDEQClassifier, MDEQSegmenter
-from triton_deq.ops import fusion, groupnorm
+from triton_deq.models import (
+    CONFIGURATIONS,
+    IMAGE_CONFIGURATIONS,
+    DEQTransformerLM,
+    MDEQClassifier,
+    MDEQSegmenter,
+)
+from triton_deq.ops import attention, feedforward, fusion, groupnorm, norm
+from triton_deq.solvers.graph_cache import GraphCache
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("graphs")]
 SMALL = replace(
@@ -31,7 +38,13 @@ SMALL = replace(
 def graphs(device, monkeypatch):
     if device != "cuda":
         standin.install(monkeypatch)
-        for op in (groupnorm, fusion):  # tests/cells has these kernels; here they would only take their time
+        for op in (
+            attention,
+            feedforward,
+            fusion,
+            groupnorm,
+            norm,
+        ):  # tests/cells has these kernels; here they would only take their time
             monkeypatch.setattr(op, "kernels_serve", lambda *given, **options: False)
 
 
@@ -238,3 +251,63 @@ def test_segmentation(device):
     plain, graphed = pair(device, replace(SMALL, head=(), classes=3, penalty=0.0), MDEQSegmenter)
     for _ in range(2):
         agree(plain, graphed, images(device))
+
+
+def language_models(device):
+    configuration = replace(
+        CONFIGURATIONS["tiny"],
+        vocabulary=60,
+        cutoffs=(10, 30),
+        width=16,
+        heads=2,
+        head_width=8,
+        inner=24,
+        dropout=0.3,
+        max_steps=5,
+        tol=1e-9,
+    )
+    plain, graphed = (DEQTransformerLM(configuration).to(device) for _ in range(2))
+    graphed.load_state_dict(plain.state_dict())
+    graphed.deq.graph = GraphCache()
+    for model in (plain, graphed):
+        model.deq.solver = td.Picard()
+    return plain, graphed
+
+
+def language_loss(model, step):
+    tokens = torch.randint(60, (2, 6), device=model.cell.qkv.weight.device)
+    return model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
+
+
+def image_models(device):
+    return pair(device, replace(SMALL, dropout=0.3, penalty=0.0))
+
+
+def image_loss(model, step):
+    return model(images(model.stem[0].weight.device)).logits.square().sum()
+
+
+@pytest.mark.parametrize(("make", "loss_of"), [(image_models, image_loss), (language_models, language_loss)])
+def test_steps_of_training(make, loss_of, device):
+    """Dropout, the backward outside of the forward's autocast, parameters that move."""
+    models = make(device)
+    captured = []
+    for model in models:
+        model.train()
+        model.deq.gradient = td.ImplicitGradient(td.Picard(), tol=1e-9, max_steps=5)
+    for step in range(4):
+        grads = []
+        for model in models:
+            torch.manual_seed(step)
+            with torch.autocast(device, torch.bfloat16, enabled=step == 3):
+                loss = loss_of(model, step)
+            grads.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+        for found, wanted in zip(grads[1], grads[0], strict=True):
+            size = wanted.norm().item()
+            assert (found - wanted).norm().item() <= (0.1 if step == 3 else 1e-3) * size + 1e-5
+        captured.append(len(standin.captures))
+        with torch.no_grad():
+            for model in models:
+                for parameter, grad in zip(model.parameters(), grads[0], strict=True):
+                    parameter.sub_(grad, alpha=0.01)
+    assert device == "cuda" or captured[1] == captured[2] < captured[3]

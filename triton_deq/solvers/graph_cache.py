@@ -19,8 +19,9 @@ class GraphCache:
     """Graphs that outlive their solve, for an f that says which tensors it reads.
 
     Such an f has `inputs`, any nesting of tensors that change from solve to solve, `given(inputs)`, the same
-    function of others, and `module`, whose parameters and buffers are all else it reads. Inputs are copied
-    into the tensors that were captured. A graph is used again only if shapes, dtypes and layouts of state
+    function of others, and `module`, whose parameters and buffers are all else it reads. It may have
+    `prepare()`, which makes of its inputs what its evaluations read. Inputs are copied into the tensors that
+    were captured. A graph is used again only if shapes, dtypes and layouts of state
     and inputs are the same, and so are the addresses of parameters and buffers, every flag, number, name or
     function that is an attribute of a submodule, autocast and the numeric settings. Where f was seen to read
     anything else, its graphs last for one solve.
@@ -46,6 +47,7 @@ class GraphCache:
             entry = Cached(f.given(tree_unflatten(copies, spec)), copies)
         else:
             _renew(entry.inputs, leaves)
+        entry.prepare(x.device)
         self._keep(self._entries, key, entry)
         return entry
 
@@ -121,6 +123,19 @@ class Cached:
     state: Any = None
     replays: Replays | None = None
     reads: "Reads" = field(default_factory=lambda: Reads())
+    prelude: Callable[[], None] | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """What evaluations read of the inputs, from a graph that leaves it where they found it before."""
+        if not hasattr(self.f, "prepare"):
+            return
+        if self.prelude is None:
+            with self.reads, graph.without_caches():
+                self.f.prepare()  # what is compiled or loaded at first may not be captured
+                with suppress(RuntimeError):  # what waits for the device serves one solve
+                    self.prelude = graph.capture(self.f.prepare, device)
+        if self.prelude is not None:
+            self.prelude()
 
     def watched(self, z: Tensor) -> Tensor:
         """f(z); notes what f reads."""
@@ -128,8 +143,10 @@ class Cached:
             return self.f(z)
 
     def knows_all(self) -> bool:
-        """Whether all that f was seen to read is the state, an input, a parameter or a buffer."""
-        return self.reads.only([self.state.x, *self.inputs], [self.f.module])
+        """Whether all that f was seen to read is the state, an input, a parameter or a buffer; asked once."""
+        known = self.reads.only([self.state.x, *self.inputs], [self.f.module])
+        self.reads = Reads()  # which has kept all that f made
+        return known and (self.prelude is not None or not hasattr(self.f, "prepare"))
 
 
 @dataclass

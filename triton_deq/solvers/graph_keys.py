@@ -20,11 +20,14 @@ def of_leaf(leaf: Any) -> Any:
     return of_tensor(leaf) if isinstance(leaf, Tensor) else leaf
 
 
+def of_autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
 def of_mode(device: torch.device) -> Any:
     """What products are computed in, and whether tensors are made that only inference mode may write."""
     return (
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
+        *of_autocast(device),
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),

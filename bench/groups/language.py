@@ -1,9 +1,8 @@
 """The DEQ-Transformer: its attention, and whole steps beside the stacked model of the paper's table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from triton_deq.backend import ambient
 from triton_deq.models import CONFIGURATIONS, DEQTransformerLM, LanguageModelConfiguration, TransformerXL
 from triton_deq.ops.attention import Context, attention, spare_columns
-from triton_deq.solvers.graph_cache import GraphCache
 from triton_deq.timing import Call
 
 from ..cases import Case, Setting, Solved, Variant, kernels_alone, ours
@@ -152,12 +150,11 @@ def step(
     On a GPU under bfloat16 autocast. graph: a DEQ's solves in CUDA graphs.
     """
     torch.manual_seed(setting.seed)
-    kind: Callable[[Any], Any] = TransformerXL if configuration.layers else DEQTransformerLM
     with setting.device:
-        model = kind(configuration).train(mode == "training")
+        stacked = configuration.layers > 0
+        model = TransformerXL(configuration) if stacked else DEQTransformerLM(configuration, graph=graph)
+        model.train(mode == "training")
         tokens = torch.randint(configuration.vocabulary, (size.batch, 2 * size.length + 1))
-    if graph:
-        model.deq.graph = GraphCache()
     first, second = tokens[:, : size.length], tokens[:, size.length :]
     autocast = partial(torch.autocast, setting.device.type, torch.bfloat16, enabled=setting.gpu)
     with torch.no_grad(), autocast(), ambient(backend):

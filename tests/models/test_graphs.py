@@ -18,7 +18,6 @@ from triton_deq.models import (
     MDEQSegmenter,
 )
 from triton_deq.ops import attention, feedforward, fusion, groupnorm, norm
-from triton_deq.solvers.graph_cache import GraphCache
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("graphs")]
 SMALL = replace(
@@ -266,11 +265,10 @@ def language_models(device):
         max_steps=5,
         tol=1e-9,
     )
-    plain, graphed = (DEQTransformerLM(configuration).to(device) for _ in range(2))
+    plain, graphed = (
+        DEQTransformerLM(configuration, solver=td.Picard(), graph=graph).to(device) for graph in (False, True)
+    )
     graphed.load_state_dict(plain.state_dict())
-    graphed.deq.graph = GraphCache()
-    for model in (plain, graphed):
-        model.deq.solver = td.Picard()
     return plain, graphed
 
 

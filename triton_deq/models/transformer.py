@@ -10,7 +10,7 @@ from ..cells.transformer import Memory, TransformerCell, TransformerInjection
 from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
-from ..solvers import Solution
+from ..solvers import Solution, Solver
 from ..trees import register, register_namedtuple
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .language_configurations import LanguageModelConfiguration
@@ -123,6 +123,10 @@ class LanguageModel(nn.Module):
 class DEQTransformerLM(LanguageModel):
     """The DEQ-Transformer: hidden states are the equilibrium of one Transformer cell (arXiv 1909.01377).
 
+    Args:
+        configuration: all numbers of the model.
+        solver, graph: of the forward solve, as in `DEQ`.
+
     Attributes:
         pretraining: True for the first part of training: `unrolled` applications of the cell from zero,
             without a solve.
@@ -130,15 +134,19 @@ class DEQTransformerLM(LanguageModel):
     The memory holds past fixed points and what was injected at them, without gradients.
     """
 
-    def __init__(self, configuration: LanguageModelConfiguration):
+    def __init__(
+        self, configuration: LanguageModelConfiguration, *, solver: Solver | None = None, graph: bool = False
+    ):
         super().__init__(configuration)
         if configuration.layers:
             raise ValueError(f"layers={configuration.layers}: a DEQ has one cell; TransformerXL is a stack")
         self.pretraining = False
         self.deq = DEQ(
             transformer_cell(configuration),
+            solver,
             tol=configuration.tol,
             max_steps=configuration.max_steps,
+            graph=graph,
             gradient=ImplicitGradient(
                 tol=configuration.backward_tol, max_steps=configuration.backward_max_steps
             ),

@@ -1,5 +1,6 @@
 """Graphs that are used again in later solves, and how they are kept from reading what is stale."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -215,7 +216,12 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
+@torch.no_grad()
 def _renew(copies: Sequence[Any], leaves: Sequence[Any]) -> None:
+    """By one operator for all tensors of a dtype: an injection may hold every weight of a cell."""
+    alike = defaultdict(list)
     for copy, leaf in zip(copies, leaves, strict=True):
         if isinstance(copy, Tensor) and copy is not leaf:
-            copy.copy_(leaf.detach())
+            alike[copy.dtype].append((copy, leaf))
+    for pairs in alike.values():
+        torch._foreach_copy_([copy for copy, _ in pairs], [leaf for _, leaf in pairs])

@@ -171,3 +171,25 @@ def test_an_address_behind_a_tensor_is_noticed(count, what):
 
     with checked(), pytest.raises(Exception, match=f"copy_kernel {what} 0 bytes behind a tensor"):
         copy_kernel[(1,)](torch.zeros(4), torch.zeros(3), count, BLOCK=8)
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "allowed"),
+    [
+        ("fp32_precision", "tf32", True),
+        ("fp32_precision", "ieee", False),
+        ("allow_tf32", True, True),
+        ("allow_tf32", False, False),
+    ],
+)
+def test_either_of_pytorchs_switches_for_tf32(switch, value, allowed):
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    setattr(products, switch, value)
+    try:
+        assert launches.precision(torch.float32)["TF32"] == allowed
+        assert not launches.precision(torch.float64)["TF32"]
+    finally:
+        if switch == "allow_tf32":
+            products.allow_tf32 = False
+        products.fp32_precision = before

@@ -1,6 +1,7 @@
 """Models whose solves, or all of which, are in graphs; on a CPU a stand-in does what they would."""
 
 import operator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,16 @@ def images(device, batch=2):
     return 4 * torch.randn(batch, 1, 4, 4, device=device)
 
 
+@contextmanager
+def tf32():
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 def agree(plain, graphed, x, within=1e-4, **options):
     with torch.no_grad():
         wanted, found = plain(x, **options), graphed(x, **options)
@@ -128,12 +139,9 @@ def test_what_is_elsewhere_or_otherwise_is_captured_anew(device):
     with torch.inference_mode():
         graphed(images(device))
     agree(plain, graphed, images(device))
-    captured, products = len(standin.captures), torch.backends.cuda.matmul
-    products.allow_tf32 = not products.allow_tf32
-    try:
+    captured = len(standin.captures)
+    with tf32():
         agree(plain, graphed, images(device), within=0.1 if device == "cuda" else 1e-4)
-    finally:
-        products.allow_tf32 = not products.allow_tf32
     assert device == "cuda" or len(standin.captures) > captured
 
 

@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: Context, backend: str = 
         backend: "auto", "triton" or "reference".
 
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
-    `torch.backends.cuda.matmul.allow_tf32` allows it; 16-bit ones add up in float32.
+    `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
     """
     _check(q, k, v, context)
     if not _served(q, k, v, context, backend):

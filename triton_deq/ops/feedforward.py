@@ -32,7 +32,7 @@ def feedforward(
         backend: "auto", "triton" or "reference".
 
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
-    `torch.backends.cuda.matmul.allow_tf32` allows it; 16-bit ones add up in float32.
+    `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
     """
     # What does not fit is left to PyTorch's own rules.
     fits = s.dim() > 1 and weight.shape[1:] == s.shape[-1:] and bias.shape == weight.shape[:1]

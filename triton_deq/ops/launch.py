@@ -197,10 +197,19 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     operand = torch.float32 if dtype == torch.bfloat16 and backends.interpreting() else dtype
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
     return {
-        "TF32": dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        "TF32": dtype == torch.float32 and allows_tf32(),
         "OPERAND": names.get(operand, tl.float32),
         "WIDE": wide_dtype(dtype),
     }
+
+
+def allows_tf32() -> bool:
+    """Whether products of float32 may round their operands.
+
+    PyTorch has an old switch for it, `allow_tf32`, and a newer one. After either was set the newer one can be
+    asked, and after the newer one the old one raises.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def laid(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def mlp(
         norm: fused into the product where no gradient is recorded and N ≤ 512, else applied by PyTorch.
 
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
-    `torch.backends.cuda.matmul.allow_tf32` allows it; 16-bit ones add up in float32.
+    `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
     """
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, weight, u))
     if not (served(z, activation, backend, weight, u) and _fit(z, weight, u)):

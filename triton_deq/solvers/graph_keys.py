@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.launch import allows_tf32
+
 _EVERY = frozenset(vars(nn.Module()))
 """Attributes that every module has; of them only `training` is a setting."""
 _PLAIN = {bool, int, float, str, type(None)}
@@ -26,10 +28,11 @@ def of_autocast(device: torch.device) -> tuple[bool, torch.dtype]:
 
 def of_mode(device: torch.device) -> Any:
     """What products are computed in, and whether tensors are made that only inference mode may write."""
+    cudnn: Any = torch.backends.cudnn
     return (
         *of_autocast(device),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        allows_tf32(),
+        cudnn.conv.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_inference_mode_enabled(),
     )

@@ -16,7 +16,8 @@ class Layout:
     """
 
     def __init__(self, z: Tensor):
-        inner = sorted(range(1, z.dim()), key=lambda dim: z.stride(dim), reverse=True)
+        strides = z.stride()  # torch.compile 2.14 does not follow a key that asks z
+        inner = sorted(range(1, z.dim()), key=strides.__getitem__, reverse=True)
         self._order = [0, *inner]
         self._shape = [z.shape[dim] for dim in self._order]
         self._back = sorted(range(z.dim()), key=self._order.__getitem__)

@@ -22,10 +22,10 @@ class GraphCache:
     Such an f has `inputs`, any nesting of tensors that change from solve to solve, `given(inputs)`, the same
     function of others, and `module`, whose parameters and buffers are all else it reads. It may have
     `prepare()`, which makes of its inputs what its evaluations read. Inputs are copied into the tensors that
-    were captured. A graph is used again only if shapes, dtypes and layouts of state
-    and inputs are the same, and so are the addresses of parameters and buffers, every flag, number, name or
-    function that is an attribute of a submodule, autocast and the numeric settings. Where f was seen to read
-    anything else, its graphs last for one solve.
+    were captured. A graph is used again only if shapes, dtypes and layouts of state and inputs are the same,
+    and so are the addresses of parameters and buffers, every flag, number, name or function that is an
+    attribute of a submodule, autocast and the numeric settings. Where f was seen to read anything else, its
+    graphs last for one solve.
 
     What comes before and after a solve can be replayed as well (`call`).
     """
@@ -70,7 +70,7 @@ class GraphCache:
         call = self._calls.get(key)
         if call is None:
             call = Call.of(function, there, leaves, spec, device)
-        else:
+        elif call.replay is not None:
             _renew(call.inputs, leaves)
         self._keep(self._calls, key, call)
         if call.replay is None:
@@ -178,7 +178,7 @@ class Call:
             with suppress(RuntimeError):  # a function that waits for the device works as it is
                 call.replay = graph.capture(evaluate, device)
         if call.replay is None:
-            return cls(call.inputs)
+            return cls([])
         call.lasting = frozenset(id(leaf) for leaf in tree_leaves(call.value) if isinstance(leaf, Tensor))
         return call
 

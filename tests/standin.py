@@ -96,11 +96,15 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
     return replay
 
 
-def install(monkeypatch) -> None:
-    """Let `graph=True` capture with the stand-in, also what could be solved in one launch."""
-    captures.clear()
+def step_by_step(monkeypatch) -> None:
+    """Let what could be solved in one launch be solved in steps, which graphs can hold."""
     monkeypatch.setattr(cell.MLPCell, "whole_solve", None)
     monkeypatch.setattr(cell.Adjoint, "whole_solve", None)
+
+
+def install(monkeypatch) -> None:
+    """Let `graph=True` capture with the stand-in."""
+    captures.clear()
     monkeypatch.setattr(graph, "capture", capture)
     for module in (graph, gradients):
         monkeypatch.setattr(module, "captures", lambda device: True)

@@ -38,13 +38,8 @@ SMALL = replace(
 def graphs(device, monkeypatch):
     if device != "cuda":
         standin.install(monkeypatch)
-        for op in (
-            attention,
-            feedforward,
-            fusion,
-            groupnorm,
-            norm,
-        ):  # tests/cells has these kernels; here they would only take their time
+        # tests/cells has these kernels; here they would only take their time.
+        for op in (attention, feedforward, fusion, groupnorm, norm):
             monkeypatch.setattr(op, "kernels_serve", lambda *given, **options: False)
 
 
@@ -280,7 +275,7 @@ def language_models(device):
     return plain, graphed
 
 
-def language_loss(model, step):
+def language_loss(model):
     tokens = torch.randint(60, (2, 6), device=model.cell.qkv.weight.device)
     return model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
 
@@ -289,7 +284,7 @@ def image_models(device):
     return pair(device, replace(SMALL, dropout=0.3, penalty=0.0))
 
 
-def image_loss(model, step):
+def image_loss(model):
     return model(images(model.stem[0].weight.device)).logits.square().sum()
 
 
@@ -306,7 +301,7 @@ def test_steps_of_training(make, loss_of, device):
         for model in models:
             torch.manual_seed(step)
             with torch.autocast(device, torch.bfloat16, enabled=step == 3):
-                loss = loss_of(model, step)
+                loss = loss_of(model)
             grads.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
         for found, wanted in zip(grads[1], grads[0], strict=True):
             size = wanted.norm().item()

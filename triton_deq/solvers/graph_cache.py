@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,13 +117,16 @@ class GraphCache:
 
 @dataclass
 class Cached:
-    """f of tensors that stay where they are, the state and the graphs that go with it."""
+    """f of tensors that stay where they are, the state and the graphs that go with it.
+
+    reads: what f was seen to read, until a first solve has come to its end and it is judged.
+    """
 
     f: Any
     inputs: list[Any]
     state: Any = None
     replays: Replays | None = None
-    reads: "Reads" = field(default_factory=lambda: Reads())
+    reads: "Reads | None" = field(default_factory=lambda: Reads())
     prelude: Callable[[], None] | None = None
 
     def prepare(self, device: torch.device) -> None:
@@ -131,7 +134,7 @@ class Cached:
         if not hasattr(self.f, "prepare"):
             return
         if self.prelude is None:
-            with self.reads, graph.without_caches():
+            with self.reads or nullcontext(), graph.without_caches():
                 self.f.prepare()  # what is compiled or loaded at first may not be captured
                 with suppress(RuntimeError):  # what waits for the device serves one solve
                     self.prelude = graph.capture(self.f.prepare, device)
@@ -140,13 +143,15 @@ class Cached:
 
     def watched(self, z: Tensor) -> Tensor:
         """f(z); notes what f reads."""
-        with self.reads, graph.without_caches():
+        with self.reads or nullcontext(), graph.without_caches():
             return self.f(z)
 
     def knows_all(self) -> bool:
-        """Whether all that f was seen to read is the state, an input, a parameter or a buffer; asked once."""
+        """Whether all that f was seen to read is the state, an input, a parameter or a buffer."""
+        if self.reads is None:  # it was, else this would have been forgotten
+            return True
         known = self.reads.only([self.state.x, *self.inputs], [self.f.module])
-        self.reads = Reads()  # which has kept all that f made
+        self.reads = None  # which has kept all that f made
         return known and (self.prelude is not None or not hasattr(self.f, "prepare"))
 
 

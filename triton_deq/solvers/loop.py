@@ -217,26 +217,25 @@ def _solve_in_graphs(
     """The same with graphs: of this solve alone, or those that a cache has from earlier ones."""
     x = layout.rows(z0.detach())
     entry = graph.find(f, x, (solver, stopping, trace)) if isinstance(graph, GraphCache) else None
-    watching = entry is not None and entry.replays is None
     if entry is not None and entry.replays is not None:
-        state, replays, call = entry.state, entry.replays, entry.f
+        state, replays = entry.state, entry.replays
         solver.restart(state, x, stopping)
     else:
         state = solver.start(x, stopping, backend)
         cycle = len(state.active)
         trail = state.record.data.new_empty(cycle, len(x)) if trace else None
-        replays, call = Replays(z0.device, cycle, trail), f
+        replays = Replays(z0.device, cycle, trail)
         if entry is not None:
-            entry.state, entry.replays, call = state, replays, entry.watched
+            entry.state, entry.replays = state, replays
 
     def one(step: int) -> None:
         known = step >= replays.cycle or replays.warm  # then this is captured, and debug may not compare
-        function = f if entry is None else entry.f if known else call
+        function = f if entry is None else entry.f if known else entry.watched
         fx = _value(function, layout, solver, state, step, debug and not known)
         solver.step(state, fx, step, stopping, backend)
 
     nfe, traced = replays.run(one, state, stopping.max_steps)
-    if isinstance(graph, GraphCache) and entry is not None and watching and not entry.knows_all():
+    if isinstance(graph, GraphCache) and entry is not None and not entry.knows_all():
         graph.forget(entry)
     value = layout.unrows(state.best if entry is None else state.best.clone())
     return finish(value, state.record, nfe, traced if trace else None, False, "graph"), state

@@ -27,9 +27,16 @@ def test_kernels_match_the_reference(check, dtype, shape, device):
 
 def test_philox_known_answers():
     """The known-answer vectors of Random123 1.14 for philox4x32-10."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    words = reference._philox(zero, zero, 0)
-    assert [word.item() for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    (w0, w2), (w1, w3) = reference._philox(torch.zeros(1, dtype=torch.int64), 0, 1, 0)
+    assert [word.item() for word in (w0, w1, w2, w3)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("begin", [0, (1 << 32) - 2], ids=["first counters", "counters of two words"])
+@pytest.mark.parametrize("seed", [SEED, ~SEED], ids=["positive", "negative"])
+def test_philox_is_the_same_from_numpy_and_from_operators(monkeypatch, seed, begin):
+    on_host = reference._philox(seed, begin, 5, 3)
+    monkeypatch.setattr(reference, "_on_host", lambda seed: False)
+    assert torch.equal(torch.stack(on_host), torch.stack(reference._philox(seed, begin, 5, 3)))
 
 
 def test_each_index_and_seed_has_its_own_probe(backend, device):

@@ -5,18 +5,21 @@ Kolter, arXiv 2106.14342, eq. 5).
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .record import accumulate_dtype
 
 # Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_CONSTANTS = (0xD2511F53, 0xCD9E8D57), (0xBB67AE85, 0x9E3779B9)
+"""The multipliers, and what is added to the keys after each round."""
 _WORD = 0xFFFFFFFF
 
-BLOCK = 1 << 15
+BLOCK = 1 << 14
 """Counters taken at a time, so that the words stay in a CPU's cache."""
 
 
@@ -29,18 +32,16 @@ def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype:
     """
     total = math.prod(shape)
     quarter = -(-total // 4)
-    wide = accumulate_dtype(dtype)
-    out = torch.empty(4, quarter, dtype=dtype, device=seed.device)
-    eager_cpu = seed.device.type == "cpu" and not torch.compiler.is_compiling()
-    length = BLOCK if eager_cpu else max(quarter, 1)
-    for first in range(0, quarter, length):
-        block = out[:, first : first + length]
-        words = _philox(seed, torch.arange(first, first + block.shape[1], device=seed.device), index)
+    out = torch.empty(2, 2, quarter, dtype=dtype, device=seed.device)
+    length = BLOCK if _on_host(seed) else max(quarter, 1)
+    for begin in range(0, quarter, length):
+        block = out[:, :, begin : begin + length]
+        first, second = _philox(seed, begin, block.shape[2], index)
         if distribution == "rademacher":
-            entries = [1.0 - 2.0 * (word & 1) for word in words]
+            entries = 1.0 - 2.0 * (first & 1), 1.0 - 2.0 * (second & 1)
         else:
-            entries = [*_box_muller(words[0], words[1], wide), *_box_muller(words[2], words[3], wide)]
-        for target, entry in zip(block, entries, strict=True):
+            entries = _box_muller(first, second, accumulate_dtype(dtype))
+        for target, entry in zip(block.unbind(1), entries, strict=True):
             target.copy_(entry)
     return out.view(-1)[:total].view(shape)
 
@@ -50,8 +51,8 @@ def uniform(shape: torch.Size, seed: Tensor) -> Tensor:
 
     seed: int64 `[1]`. The entry of flat index c is made from counter c of stream 0.
     """
-    word = _philox(seed, torch.arange(math.prod(shape), device=seed.device), 0)[0]
-    return ((word >> 8).to(torch.float32) * 2.0**-24).view(shape)
+    words, _ = _philox(seed, 0, math.prod(shape), 0)
+    return ((words[0] >> 8).to(torch.float32) * 2.0**-24).view(shape)
 
 
 def squared_norm(rows: Tensor) -> Tensor:
@@ -59,24 +60,52 @@ def squared_norm(rows: Tensor) -> Tensor:
     return rows.to(accumulate_dtype(rows.dtype)).square().sum(dim=1)
 
 
-def _philox(seed: Tensor, counter: Tensor, index: int) -> list[Tensor]:
-    """Four streams of 32-bit words, held in int64, for each entry of `counter`."""
-    keys = [seed & _WORD, (seed >> 32) & _WORD]
-    words = [counter & _WORD, counter >> 32, torch.full_like(counter, index), torch.zeros_like(counter)]
+def _philox(seed: Tensor, begin: int, count: int, index: int) -> tuple[Tensor, Tensor]:
+    """Words 0 and 2, and words 1 and 3, `[2, count]` each, of the counters from `begin` on.
+
+    They have 32 bits and are held in int64. On the host by NumPy, which takes half of PyTorch's time.
+    """
+    if _on_host(seed):
+        return _philox_on_host(int(seed.item()), begin, count, index)
+    counter = torch.arange(begin, begin + count, device=seed.device)
+    even = torch.stack([counter & _WORD, torch.full_like(counter, index)])
+    odd = torch.stack([torch.zeros_like(counter), counter >> 32])
+    keys = torch.stack([(seed >> 32) & _WORD, seed & _WORD])
+    constants = [torch.stack([torch.full_like(seed, each) for each in pair]) for pair in _CONSTANTS]
+    return _rounds(even, odd, [keys, *constants], lambda pair: pair.flip(0))
+
+
+def _philox_on_host(seed: int, begin: int, count: int, index: int) -> tuple[Tensor, Tensor]:
+    counter = np.arange(begin, begin + count, dtype=np.uint64)
+    even = np.stack([counter & _WORD, np.full_like(counter, index)])
+    odd = np.stack([np.zeros_like(counter), counter >> 32])
+    pairs = (seed >> 32 & _WORD, seed & _WORD), *_CONSTANTS
+    numbers = [np.array(pair, np.uint64)[:, None] for pair in pairs]
+    words = _rounds(even, odd, numbers, lambda pair: pair[::-1])
+    first, second = (torch.from_numpy(np.ascontiguousarray(pair).view(np.int64)) for pair in words)
+    return first, second
+
+
+def _on_host(seed: Tensor) -> bool:
+    """Whether its number can be read here without waiting, and nobody traces what is made of it."""
+    if torch.compiler.is_compiling() or seed.device.type != "cpu":
+        return False
+    return type(seed) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(seed)
+
+
+def _rounds(even: Any, odd: Any, numbers: list[Any], swapped: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """The ten rounds, on arrays of PyTorch or of NumPy: words 0 and 2 in `even`, 3 and 1 in `odd`.
+
+    The product with one word's multiplier makes the other's pair, hence the swaps. In int64 the product wraps
+    around and no bit is lost. numbers: the keys, the multipliers and the summands of the keys, `[2, 1]` each.
+    """
+    keys, multipliers, weyl = numbers
     for _ in range(10):
-        high, low = zip(
-            *(_multiply(word, constant) for word, constant in zip(words[::2], _MULTIPLIERS, strict=True)),
-            strict=True,
-        )
-        words = [high[1] ^ words[1] ^ keys[0], low[1], high[0] ^ words[3] ^ keys[1], low[0]]
-        keys = [(key + weyl) & _WORD for key, weyl in zip(keys, _WEYL, strict=True)]
-    return words
-
-
-def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low half of the 64-bit product of two 32-bit words; int64 wraps around, and no bit is lost."""
-    product = word * constant
-    return (product >> 32) & _WORD, product & _WORD
+        product = even * multipliers
+        even = swapped(((product >> 32) ^ odd ^ keys) & _WORD)
+        odd = product & _WORD
+        keys = (keys + weyl) & _WORD
+    return even, swapped(odd)
 
 
 def _box_muller(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -84,6 +113,6 @@ def _box_muller(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tens
 
     The angle runs from minus an eighth of a turn to seven eighths: two bits name the quadrant.
     """
-    radius = torch.sqrt(-2 * torch.log(((first >> 8) + 1).to(dtype) * 2.0**-24))
-    angle = ((second >> 8).to(dtype) * 2.0**-22 - 0.5) * (math.pi / 2)
+    radius = ((first >> 8) + 1).to(dtype).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = (second >> 8).to(dtype).mul_(2.0**-22).sub_(0.5).mul_(math.pi / 2)
     return radius * torch.cos(angle), radius * torch.sin(angle)

@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
-from triton_deq.reference.anderson import anderson_weights
+from triton_deq.reference import anderson as reference
+from triton_deq.reference.anderson import _host_weights, anderson_weights
 from triton_deq.reference.record import TOLERANCE, Record
+from triton_deq.reference.rows import regular
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_anderson
 
@@ -170,6 +173,67 @@ def test_only_valid_slots_get_weight():
     assert torch.equal(weights[:, 2:], torch.zeros(2, 2, dtype=torch.float64))
     torch.testing.assert_close(weights.sum(1), torch.ones(2, dtype=torch.float64))
     assert weights[1].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", ["nothing", "huge weights", "not a Gram matrix", "NaN", "singular"])
+def test_the_hosts_weights_are_those_of_the_operators(bad):
+    residuals = torch.randn(3, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    residuals[1, 2] = residuals[1, 0] + {"huge weights": 1e-6, "singular": 0}.get(bad, 1) * residuals[1, 2]
+    gram = residuals @ residuals.mT
+    if bad == "NaN":
+        gram[1, 2, :] = gram[1, :, 2] = math.nan
+    elif bad == "not a Gram matrix":
+        gram[1] = 3 * torch.eye(4) - 2
+    weights, mixed = _host_weights(gram.numpy(), None, 1, 0.0, True)
+    expected, useful = anderson_weights(gram, None, 1, 0.0, True)
+    assert useful.tolist() == [True, bad == "nothing", True]
+    assert useful.tolist() == ([True] * 3 if mixed is None else mixed.tolist())
+    np.testing.assert_allclose(weights, expected.numpy(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_history_that_began_anew_is_not_taken_for_a_whole_one():
+    """A state that knows that all slots are valid takes the steps of one that asks each time."""
+    x, values = torch.randn(3, 8, dtype=torch.float64), torch.randn(9, 3, 8, dtype=torch.float64)
+    knowing, asking = (reference.anderson_start(x.clone(), 4, 0.0, 10) for _ in range(2))
+    assert knowing.whole
+    counts = []
+    for step, fx in enumerate(values):
+        asking.whole = False
+        if step == 5:  # the residual of the step before once more: without a ridge, huge weights
+            fx[1] = knowing.x[1] + knowing.residuals[(step - 1) % 4, 1]
+        for state in (knowing, asking):
+            reference.anderson_residual(state, fx, step, 1.0)
+            reference.anderson_advance(state, step, **RULE | {"ridge": 0.0, "last": False})
+        assert torch.equal(knowing.x, asking.x)
+        counts.append(knowing.record.count.tolist())
+        assert counts[-1] == asking.record.count.tolist()
+    assert counts[5] == [4, 1, 4]
+    assert counts[8] == [4, 4, 4]
+    assert knowing.whole
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_record_judges_regular_squares_like_any(relative):
+    """Also from the step on at which the first sample converges, and another diverges."""
+    shortly, at_length = (Record(4, 1e-3, torch.device("cpu")) for _ in range(2))
+    residual_sq = np.array([1.0, 1.0, 4.0, 2.0])
+    for _ in range(6):
+        residual_sq = residual_sq * np.array([0.5, 0.02, 1e3, 1.5])
+        squares = residual_sq, np.array([1.0, 3.0, 9.0, 1.0])
+        assert regular(np.stack(squares))
+        found = shortly.judge(*squares, relative=relative, over_batch=False, regular=True)
+        wanted = at_length.judge(*squares, relative=relative, over_batch=False)
+        assert [mask.tolist() for mask in found] == [mask.tolist() for mask in wanted]
+        assert torch.equal(shortly.data, at_length.data)
+    assert set(shortly.status.tolist()) == {Status.MAX_STEPS, Status.CONVERGED, Status.DIVERGED}
+
+
+@pytest.mark.parametrize("square", [0.0, 1e-31, 1e31, math.inf, math.nan])
+def test_squares_near_a_limit_are_not_regular(square):
+    squares = np.ones((3, 2))
+    assert regular(squares)
+    squares[1, 1] = square
+    assert not regular(squares)
 
 
 def test_a_record_is_put_back_to_before_its_first_step(device):

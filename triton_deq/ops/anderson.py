@@ -211,7 +211,7 @@ def anderson_squares(
     """`‖f(x) − x‖²` and `‖f(x)‖²` of each sample, float64 `[B]` on the host, after `anderson_residual`."""
     newest, history = step % state.history, state.history
     on_host = backend == "reference"
-    sums = reference.anderson_sums(state, step) if on_host else state.dots.sum(1).cpu().numpy()
+    sums = reference.anderson_sums(state, step)[0] if on_host else state.dots.sum(1).cpu().numpy()
     return sums[:, newest], sums[:, history]
 
 

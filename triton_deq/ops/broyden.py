@@ -148,7 +148,7 @@ def broyden_squares(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`‖f(x) − x‖²` and `‖f(x)‖²` of each sample, float64 `[B]` on the host, after `broyden_residual`."""
     on_host = backend == "reference"
-    sums = reference.broyden_sums(state, step) if on_host else state.dots.sum(1).cpu().numpy()
+    sums = reference.broyden_sums(state, step)[0] if on_host else state.dots.sum(1).cpu().numpy()
     return sums[:, 0, state.slots], sums[:, 1, state.slots]
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .record import COUNT, Record, accumulate_dtype
-from .rows import assign, first, fresh, keep_best, part, runs, unsafe
+from .rows import assign, first, fresh, keep_best, part, regular, runs, unsafe
 
 WEIGHT_LIMIT = 1e4
 """Σ|α| beyond which the weights amplify rounding more than they help: take a plain step instead."""
@@ -35,6 +35,8 @@ class Views(NamedTuple):
 
     residuals, iterates: `[B, N]`, each slot. residuals_of: `[B, N, m]`, each sample's ring; iterates_of:
     `[B, m, N]`. dots: `[B, m+1]`. products, value_sq: `[B, 1, m]` and `[B]`, its parts. gram: in NumPy.
+    weights: `[B, 1, m]` on the host, to mix with, and the same in NumPy.
+    dots_on_host: `dots` in NumPy, where they are on the host.
     """
 
     residuals: tuple[Tensor, ...]
@@ -45,6 +47,8 @@ class Views(NamedTuple):
     products: Tensor
     value_sq: Tensor
     gram: NDArray[np.float64]
+    weights: tuple[Tensor, NDArray[Any]]
+    dots_on_host: NDArray[Any] | None
 
 
 @dataclass
@@ -61,6 +65,7 @@ class AndersonState:
     active: `[cycle]` int32, how many samples went on after step k, in k mod cycle (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
     sums: `anderson_sums` of this step, once it was asked for (reference only).
+    whole: that every sample which goes on may use all slots that are filled (reference only).
     launched: by place in the cycle, what was launched there and how to do it again (kernels only).
     """
 
@@ -74,7 +79,8 @@ class AndersonState:
     before: Tensor
     active: Tensor
     spare: Tensor
-    sums: NDArray[np.float64] | None = None
+    sums: tuple[NDArray[np.float64], bool] | None = None
+    whole: bool = False
     launched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -84,6 +90,7 @@ class AndersonState:
     @cached_property
     def views(self) -> Views:
         """For the reference, which gives a state no other buffers but x and best."""
+        weights = torch.empty(len(self.x), 1, self.history, dtype=self.iterates.dtype)
         return Views(
             residuals=self.residuals.unbind(),
             residuals_of=self.residuals.permute(1, 2, 0),
@@ -93,6 +100,8 @@ class AndersonState:
             products=self.dots[:, :, : self.history],
             value_sq=self.dots[:, 0, self.history],
             gram=self.gram.numpy(),
+            weights=(weights, weights[:, 0].numpy()),
+            dots_on_host=self.dots[:, 0].numpy() if self.dots.device.type == "cpu" else None,
         )
 
 
@@ -117,6 +126,7 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int) -> Ander
         before=torch.empty(0, dtype=torch.float64, device=x.device),
         active=torch.empty(0, dtype=torch.int32, device=x.device),
         spare=x.new_empty((batch if x.dtype != wide else 0, entries), dtype=wide),
+        whole=True,
     )
 
 
@@ -145,12 +155,19 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     state.sums = None
 
 
-def anderson_sums(state: AndersonState, step: int) -> NDArray[np.float64]:
-    """`[B, m + 1]` float64 on the host: the new Gram row, then ‖f‖² in column m; what `dots` holds."""
+def anderson_sums(state: AndersonState, step: int) -> tuple[NDArray[np.float64], bool]:
+    """`[B, m + 1]` float64 on the host: the new Gram row, then ‖f‖² in column m; what `dots` holds.
+
+    The second says that the squares are `regular`.
+    """
     if state.sums is None:
-        # The one read of the device in a step.
-        state.sums = state.views.dots.cpu().numpy().astype(np.float64)
-        _sum_again(state, state.sums, step % state.history, min(step + 1, state.history))
+        views, slot = state.views, step % state.history
+        dots = views.dots_on_host if views.dots_on_host is not None else views.dots.cpu().numpy()
+        sums = dots.astype(np.float64)
+        fine = regular(sums[:, slot :: state.history - slot])  # columns slot and m
+        if not fine:
+            _sum_again(state, sums, slot, min(step + 1, state.history))
+        state.sums = sums, fine
     return state.sums
 
 
@@ -170,9 +187,9 @@ def anderson_advance(
     Returns how many samples go on.
     """
     slot = step % state.history
-    sums = anderson_sums(state, step)
+    sums, fine = anderson_sums(state, step)
     improved, moving = state.record.judge(
-        sums[:, slot], sums[:, state.history], relative=relative, over_batch=over_batch
+        sums[:, slot], sums[:, state.history], relative=relative, over_batch=over_batch, regular=fine
     )
     keep_best(state, improved, moving)
     going = int(np.count_nonzero(moving))
@@ -187,20 +204,24 @@ def anderson_mix(
     """Take in this step's Gram row, and move the samples of the mask `[B]` to their next iterate."""
     history, slot, record, views = state.history, step % state.history, state.record, state.views
     filled, gram, used = min(step + 1, history), views.gram, record.rows[COUNT]
-    row = anderson_sums(state, step)[:, :history]
+    row = anderson_sums(state, step)[0][:, :history]
     gram[:, slot, :] = row
     gram[:, :, slot] = row
     if history == 1:
         np.copyto(used, 1, where=moving)
         return assign(state.x, views.iterates[0].to(state.x.dtype), moving)
 
-    count = np.minimum(used + 1, history)
-    valid = _valid_slots(count, slot, filled) if np.count_nonzero(moving & (count < filled)) else None
+    count: Any = filled if state.whole else np.minimum(used + 1, history)
+    valid = None if state.whole else _valid_slots(count, slot, filled)
     weights, mixed = _host_weights(gram[:, :filled, :filled], valid, slot, ridge, relative_ridge)
-    np.copyto(used, np.where(mixed, count, 1), where=moving)
+    np.copyto(used, count if mixed is None else np.where(mixed, count, 1), where=moving)
+    if mixed is not None or not state.whole:
+        state.whole = bool((used[moving] == filled).all())
 
     ring = first(filled, views.iterates_of, dim=1)
-    alpha = torch.from_numpy(weights[:, None]).to(ring)
+    alpha, on_host = views.weights
+    np.copyto(on_host[:, :filled], weights)
+    alpha = first(filled, alpha).to(ring.device)
     target = state.x if state.x.dtype == ring.dtype else state.spare
     for rows in runs(moving):
         torch.bmm(part(alpha, rows), part(ring, rows), out=part(target, rows)[:, None])
@@ -229,27 +250,35 @@ def _host_weights(
     slot: int,
     ridge: float,
     relative_ridge: bool,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """`anderson_weights` in NumPy, whose small operations cost a third of PyTorch's."""
+) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
+    """`anderson_weights` in NumPy, whose small operations cost a third of PyTorch's.
+
+    None for the mask says that it is True everywhere.
+    """
     with np.errstate(all="ignore"):
-        scale = 1 / np.sqrt(np.maximum(np.diagonal(gram, axis1=1, axis2=2), LEAST_SQUARE))
+        scale = 1 / np.sqrt(np.maximum(gram.diagonal(0, 1, 2), LEAST_SQUARE))
         damping = ridge if relative_ridge else ridge * scale * scale
         if valid is not None:
             gram = np.where(valid[:, :, None] & valid[:, None, :], gram, 0)
             scale = np.where(valid, scale, 0)
             damping = np.where(valid, damping, 1)
-        matrix = gram * scale[:, :, None] * scale[:, None, :]
+        matrix = gram * scale[:, :, None]
+        matrix *= scale[:, None, :]
         size = len(matrix[0])
         matrix.reshape(len(matrix), -1)[:, :: size + 1] += damping  # the diagonal, as a view
+        weights: NDArray[Any]
         try:
-            weights = scale * np.linalg.solve(matrix, scale[:, :, None])[:, :, 0]
+            weights = np.linalg.solve(matrix, scale[:, :, None])[:, :, 0]
         except np.linalg.LinAlgError:  # one singular sample fails them all
-            weights = scale * torch.linalg.solve_ex(*map(torch.from_numpy, (matrix, scale))).result.numpy()
-        total = weights.sum(axis=1, keepdims=True)  # 1 / min αᵀ G α, so positive
+            weights = torch.linalg.solve_ex(*map(torch.from_numpy, (matrix, scale))).result.numpy()
+        weights *= scale
+        total = np.add.reduce(weights, axis=1, keepdims=True)  # 1 / min αᵀ G α, so positive
         weights /= total
-        mixed = (total[:, 0] > 0) & (np.abs(weights).sum(axis=1) <= WEIGHT_LIMIT)  # false for NaN too
-    if np.count_nonzero(mixed) < len(mixed):
-        weights[~mixed] = np.arange(size) == slot
+        # Comparisons that NaN fails.
+        if np.minimum.reduce(total, axis=None) > 0 and np.abs(weights).max() * size <= WEIGHT_LIMIT:
+            return weights, None
+        mixed = (total[:, 0] > 0) & (np.abs(weights).sum(axis=1) <= WEIGHT_LIMIT)
+    weights[~mixed] = np.arange(size) == slot
     return weights, mixed
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .anderson import LEAST_SQUARE, WEIGHT_LIMIT
 from .record import Record, accumulate_dtype
-from .rows import SAFE, assign, block_size, blocks, fresh, keep_best, runs, unsafe
+from .rows import SAFE, assign, block_size, blocks, fresh, keep_best, regular, runs, unsafe
 
 
 @dataclass
@@ -56,7 +56,7 @@ class BroydenState:
     before: Tensor
     active: Tensor
     spare: Tensor
-    sums: NDArray[np.float64] | None = None
+    sums: tuple[NDArray[np.float64], bool] | None = None
     launched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -130,12 +130,20 @@ def _residual_of(state: BroydenState, fx: Tensor, step: int, rows: slice, runnin
     dots[:, :, slots].square_()
 
 
-def broyden_sums(state: BroydenState, step: int) -> NDArray[np.float64]:
-    """`[B, 3, m + 2]` float64 on the host, what `dots` holds."""
+def broyden_sums(state: BroydenState, step: int) -> tuple[NDArray[np.float64], bool]:
+    """`[B, 3, m + 2]` float64 on the host, what `dots` holds, and whether the squares are `regular`."""
     if state.sums is None:
-        state.sums = state.dots[:, 0].cpu().numpy()  # the one read of the device in a step
-        _sum_again(state, state.sums, step)
+        sums = state.dots[:, 0].cpu().numpy()  # the one read of the device in a step
+        fine = regular(_squares(sums, step))
+        if not fine:
+            _sum_again(state, sums, step)
+        state.sums = sums, fine
     return state.sums
+
+
+def _squares(dots: NDArray[np.float64], step: int) -> NDArray[np.float64]:
+    """`‖g‖²` and `‖f‖²`, and from the second step on the newest `‖s‖²`, `[B, 2 or 3]`."""
+    return dots[:, : 3 if step > 0 else 2, -1]
 
 
 def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool) -> int:
@@ -143,10 +151,10 @@ def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batc
 
     `last` says that no evaluation of f follows. Returns how many samples go on.
     """
-    sums, slots = broyden_sums(state, step), state.slots
+    (sums, fine), slots = broyden_sums(state, step), state.slots
     running = state.record.running
     improved, moving = state.record.judge(
-        sums[:, 0, slots], sums[:, 1, slots], relative=relative, over_batch=over_batch
+        sums[:, 0, slots], sums[:, 1, slots], relative=relative, over_batch=over_batch, regular=fine
     )
     keep_best(state, improved, moving)
     going = int(np.count_nonzero(moving))
@@ -163,7 +171,7 @@ def broyden_mix(
     """
     slots, record = state.slots, state.record
     slot, newest, filled = step % slots, (step - 1) % slots, min(step + 1, slots)
-    sums = broyden_sums(state, step)
+    sums, _ = broyden_sums(state, step)
     if step > 0:
         _extend(state, sums, newest, running)
     if moving is None:
@@ -241,7 +249,7 @@ def _sum_again(state: BroydenState, dots: NDArray[np.float64], step: int) -> Non
     if state.moves.dtype == torch.float64:
         return
     slot, newest, filled = step % slots, (step - 1) % slots, min(step + 1, slots)
-    for sample in unsafe(dots[:, : 3 if step > 0 else 2, slots], state.record):
+    for sample in unsafe(_squares(dots, step), state.record):
         moves, changes = state.moves[:filled, sample], state.changes[:filled, sample]
         vectors = [changes[slot].double() - moves[slot].double(), changes[slot].double()]
         vectors += [moves[newest].double()] if step > 0 else []

@@ -89,10 +89,13 @@ def blocks(mask: NDArray[np.bool_], size: int) -> list[slice]:
     return [rows for rows in found if mask[rows].any()]
 
 
+def regular(squares: NDArray[np.float64]) -> bool:
+    """Whether all sums of squares are finite, above 0, and far from the limits of float32."""
+    return np.minimum.reduce(squares, axis=None) > SAFE[0] and np.maximum.reduce(squares, axis=None) < SAFE[1]
+
+
 def unsafe(squares: NDArray[np.float64], record: Record) -> NDArray[np.intp]:
     """The running samples of which a float32 sum of squares, of `[B, ...]`, is near a limit of float32."""
-    if np.minimum.reduce(squares, axis=None) > SAFE[0] and np.maximum.reduce(squares, axis=None) < SAFE[1]:
-        return np.empty(0, dtype=np.intp)
     safe = ((squares > SAFE[0]) & (squares < SAFE[1])).all(axis=1)
     return np.flatnonzero(record.running & ~safe)
 

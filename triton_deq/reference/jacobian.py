@@ -68,9 +68,9 @@ def _philox(seed: Tensor, begin: int, count: int, index: int) -> tuple[Tensor, T
     if _on_host(seed):
         return _philox_on_host(int(seed.item()), begin, count, index)
     counter = torch.arange(begin, begin + count, device=seed.device)
+    keys = torch.stack([(seed >> 32) & _WORD, seed & _WORD])
     even = torch.stack([counter & _WORD, torch.full_like(counter, index)])
     odd = torch.stack([torch.zeros_like(counter), counter >> 32])
-    keys = torch.stack([(seed >> 32) & _WORD, seed & _WORD])
     constants = [torch.stack([torch.full_like(seed, each) for each in pair]) for pair in _CONSTANTS]
     return _rounds(even, odd, [keys, *constants], lambda pair: pair.flip(0))
 
@@ -102,9 +102,12 @@ def _rounds(even: Any, odd: Any, numbers: list[Any], swapped: Callable[[Any], An
     keys, multipliers, weyl = numbers
     for _ in range(10):
         product = even * multipliers
-        even = swapped(((product >> 32) ^ odd ^ keys) & _WORD)
-        odd = product & _WORD
-        keys = (keys + weyl) & _WORD
+        low = product & _WORD
+        product >>= 32
+        product ^= odd
+        product ^= keys
+        product &= _WORD
+        even, odd, keys = swapped(product), low, (keys + weyl) & _WORD
     return even, swapped(odd)
 
 

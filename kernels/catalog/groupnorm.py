@@ -5,7 +5,7 @@ from typing import Any
 import triton.language as tl
 
 from .. import groupnorm as kernels
-from .entry import BYTES, Budget, Entry, Pointer, name_of, unit_of
+from .entry import BYTES, Budget, Entry, Pointer, name_of, traded, unit_of
 
 
 def _entry(
@@ -96,7 +96,7 @@ def _power(number: int) -> int:
 ENTRIES = (
     _entry("groupnorm", "fp32", 32, 3136, 160),
     _entry("groupnorm", "bf16", 32, 3136, 160),
-    _entry("groupnorm", "bf16", 32, 3136, 32, note="tail", shift=True, more=True),
+    traded(_entry("groupnorm", "bf16", 32, 3136, 32, note="tail", shift=True, more=True)),
     _entry("groupnorm", "fp16", 32, 49, 256, 4, note="post", gain=False, relu=False),
     _entry("groupnorm_vjp", "fp32", 32, 3136, 160),
     _entry("groupnorm_vjp", "bf16", 32, 784, 64, note="parameters", parameters=True),

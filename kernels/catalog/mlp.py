@@ -260,17 +260,17 @@ def tiles_of(
 
 
 ENTRIES = (
-    _mlp("fp32", 1024, 1024),
+    traded(_mlp("fp32", 1024, 1024), 20),
     _mlp("bf16", 4096, 2048),
     _mlp("fp32", 1024, 512, "slopes", slopes=True),
     traded(_mlp("fp32", 1024, 512, "norm", norm=True)),
     _mlp("bf16", 1024, 512, "norm", norm=True),
     _mlp("fp16", 33, 1001, "odd D"),
     _mlp("fp64", 128, 256),
-    _mlp_vjp("fp32", 1024, 1024),
+    traded(_mlp_vjp("fp32", 1024, 1024), 28),
     _mlp_vjp("bf16", 4096, 2048),
     _mlp_vjp("fp16", 33, 1001, "odd D"),
-    _mlp_probe("fp32", 1024, 1024, "gaussian"),
+    traded(_mlp_probe("fp32", 1024, 1024, "gaussian"), 12),
     _mlp_probe("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False),
     _mlp_probe_vjp("fp32", 1024, 1024, "gaussian"),
     traded(_mlp_probe_vjp("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False)),
@@ -279,7 +279,7 @@ ENTRIES = (
     _mlp_solve("fp32", 128, spilled=76),
     _mlp_solve("fp32", 128, "adjoint", 56, adjoint=True),
     _mlp_solve("fp32", 256, spilled=272),
-    _mlp_solve("fp32", 256, "Picard", history=1),
+    _mlp_solve("fp32", 256, "Picard", 16, history=1),
     _mlp_solve("bf16", 128),
     _mlp_solve("fp32", 128, "hidden,norm", 56, hidden=512, norm=True),
 )

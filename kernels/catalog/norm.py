@@ -6,7 +6,7 @@ from typing import Any
 import triton.language as tl
 
 from .. import norm as kernels
-from .entry import BYTES, Budget, Entry, Pointer, name_of, unit_of
+from .entry import BYTES, Budget, Entry, Pointer, name_of, traded, unit_of
 
 
 def _norm(
@@ -135,7 +135,7 @@ ENTRIES = (
     _norm("bf16", 2100, 700, 150),
     _norm("bf16", 4096, 1024, 512),
     _norm("fp32", 4096, 1024, 512, "recorded", recorded=True),
-    _norm("fp16", 33, 1001, 11, "odd D"),
+    traded(_norm("fp16", 33, 1001, 11, "odd D"), 12),
     _norm("fp64", 128, 256, 16),
     _norm("fp32", 64, 16384, 16, "loop", recorded=True),
     _norm_vjp("fp32", 2100, 700, 150),

@@ -97,6 +97,21 @@ def test_norm_under_torch_compile(distribution):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["compiled itself", "compiled within"])
+def test_norm_of_an_f_that_was_compiled_by_itself(wrapped):
+    """A compiled function has no double backward; f is asked as it was written."""
+    f, weight, _ = tanh_map(2, 5)
+    z = torch.randn(2, 5, dtype=torch.float64)
+    compiled = torch.compile(f, backend="aot_eager")
+    values, gradients = [], []
+    for each in (f, (lambda z: compiled(z)) if wrapped else compiled):
+        torch.manual_seed(3)
+        values.append(td.jacobian_norm(each, z, backend="reference"))
+        gradients.append(torch.autograd.grad(values[-1], weight)[0])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+
+
 def test_norm_of_what_does_not_depend_on_z():
     constant = torch.ones(2, 3)
     assert td.jacobian_norm(lambda z: constant, torch.zeros(2, 3)).item() == 0

@@ -1,7 +1,9 @@
 """What the Jacobian of f at a state is like: its norm, its spectral radius, and a penalty on the norm."""
 
 import math
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -98,7 +100,8 @@ def jacobian_norm_of(
 
     The same number for the same seed, and what `jac_loss_estimate(value, z, vecs=probes)` of the authors'
     code estimates (arXiv 2106.14342, eq. 6). It always goes through the autograd engine's double backward,
-    which `torch.compile` cannot put into one graph: inside a compiled function call `jacobian_norm`.
+    which `torch.compile` cannot put into one graph: inside a compiled function call `jacobian_norm`, and also
+    where f was compiled by itself.
 
     Args:
         value: f(z), `[B, ...]`, floating, with its graph.
@@ -160,7 +163,8 @@ def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
 
     Under torch.compile the product is written out in the forward (`torch.func.vjp`), because a compiled
     region has no double backward. Eagerly the autograd engine does it, which takes any f: also one with
-    running statistics or with an autograd.Function that torch.func cannot transform.
+    running statistics or with an autograd.Function that torch.func cannot transform. What was compiled by
+    itself runs as it was written.
     """
     if torch.compiler.is_compiling():
         value, transposed = torch.func.vjp(f, z)[:2]
@@ -174,7 +178,8 @@ def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
 
 
 def _engine_vjp(f: Function, z: Tensor, create_graph: bool) -> tuple[Tensor, Function]:
-    value = f(z)
+    with _uncompiled() if create_graph else nullcontext():
+        value = f(z)
     check_value(value, z, same_dtype=False)
 
     def pullback(vector: Tensor) -> Tensor:
@@ -182,6 +187,13 @@ def _engine_vjp(f: Function, z: Tensor, create_graph: bool) -> tuple[Tensor, Fun
         return torch.zeros_like(z) if product is None else product  # None: f does not depend on z
 
     return value, pullback
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """While entered, what was compiled runs as it was written: compiled it has no double backward."""
+    if "torch._dynamo" not in sys.modules:  # then nothing was, and to import it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _engine_product(value: Tensor, z: Tensor, vector: Tensor, create_graph: bool) -> Tensor | None:

@@ -73,12 +73,13 @@ def groupnorm_kernel(
     GAIN: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
+    STATISTICS: tl.constexpr,
     EPSILON: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`relu(γ ⊙ n + β + r)` with `n = (s − μ) / σ` of `s = m ⊙ x + u`, and μ and 1/σ.
+    """`relu(γ ⊙ n + β + r)` with `n = (s − μ) / σ` of `s = m ⊙ x + u`, and with STATISTICS μ and 1/σ.
 
     x, shift u, residual r, out: [B, P, C], samples a stride of their own apart    mask m: [B, C]
     gain γ, offset β: [C]    mean, inverse: [B, G], of dtype WIDE
@@ -109,8 +110,9 @@ def groupnorm_kernel(
     apart = means - mean
     variance = (tl.sum(squares) + tl.sum(count * apart * apart)) / N
     inverse = 1 / tl.sqrt(variance + EPSILON)
-    tl.store(mean_ptr + sample * G + group, mean)
-    tl.store(inverse_ptr + sample * G + group, inverse)
+    if STATISTICS:
+        tl.store(mean_ptr + sample * G + group, mean)
+        tl.store(inverse_ptr + sample * G + group, inverse)
 
     if GAIN:
         gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)

@@ -242,7 +242,8 @@ def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
     held = Normalised(x, gain, None, shift, numbers, numbers, x if relu else None)
     if "RESIDUAL" in values:
         residual = x if values["RESIDUAL"] else None
-        groupnorm.groupnorm_fwd(x, values["G"], gain, gain, None, shift, residual, relu, values["EPSILON"])
+        given = (x, values["G"], gain, gain, None, shift, residual, relu, values["EPSILON"])
+        groupnorm.groupnorm_fwd(*given, statistics=values["STATISTICS"])
     elif "BESIDE" in values:
         groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held)
     else:

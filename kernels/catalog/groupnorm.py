@@ -22,6 +22,7 @@ def _entry(
     gain: bool = True,
     relu: bool = True,
     parameters: bool = False,
+    statistics: bool = True,
     spilled: int = 0,
 ) -> Entry:
     """more: with a residual, or in the second derivatives with its gradient."""
@@ -45,7 +46,7 @@ def _entry(
     bulk = tuple(f"{name}_ptr" for name in (*inputs, *outputs) if not left_out.get(name))
     flags = {"MASK": False, "SHIFT": shift, "GAIN": gain, "RELU": relu}
     if kernel == "groupnorm":
-        flags |= {"RESIDUAL": more, "EPSILON": 1e-5}
+        flags |= {"RESIDUAL": more, "STATISTICS": statistics, "EPSILON": 1e-5}
         names = ("mask", "gain", "offset")
     else:
         flags |= {"SUM": False, **({"BESIDE": more} if second else {"OTHER": relu, "PARAMETERS": parameters})}
@@ -62,8 +63,7 @@ def _entry(
         shape=(batch, pixels * channels),
         arguments={
             **{f"{name}_ptr": Pointer(dtype) for name in (*inputs, *outputs, *others, *names)},
-            "mean_ptr": wide,
-            "inverse_ptr": wide,
+            **dict.fromkeys(("mean_ptr", "inverse_ptr"), wide if statistics else Pointer(dtype)),
             **sums,
             **{f"{name}_stride": pixels * channels for name in strided},
             "P": pixels,
@@ -97,7 +97,7 @@ ENTRIES = (
     _entry("groupnorm", "fp32", 32, 3136, 160),
     _entry("groupnorm", "bf16", 32, 3136, 160),
     traded(_entry("groupnorm", "bf16", 32, 3136, 32, note="tail", shift=True, more=True)),
-    _entry("groupnorm", "fp16", 32, 49, 256, 4, note="post", gain=False, relu=False),
+    _entry("groupnorm", "fp16", 32, 49, 256, 4, note="post", gain=False, relu=False, statistics=False),
     _entry("groupnorm_vjp", "fp32", 32, 3136, 160),
     _entry("groupnorm_vjp", "bf16", 32, 784, 64, note="parameters", parameters=True),
     _entry("groupnorm_second", "fp32", 32, 3136, 160),

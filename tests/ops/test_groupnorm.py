@@ -149,6 +149,24 @@ def test_no_statistic_is_lost_in_a_large_mean(monkeypatch, device):
     assert relative_error(value, group_norm(rounded, 2)) < 1e-4
 
 
+@kernels
+def test_the_value_alone_is_that_with_statistics(monkeypatch, device):
+    (x, gain, offset, shift, residual), mask = tensors(device=device)
+    asked, real = [], op.launch
+
+    def launch(*args, **constants):
+        asked.append(constants.get("STATISTICS"))
+        return real(*args, **constants)
+
+    monkeypatch.setattr(op, "launch", launch)
+    with torch.no_grad():
+        given = (x, 2, gain, offset, mask, shift, residual, True)
+        value = op.groupnorm(*given, backend="triton")
+        assert torch.equal(value, op.groupnorm_evaluated(*given, backend="triton")[0])
+    op.groupnorm(*given, backend="triton").sum().backward()  # which reads them
+    assert asked == [False, True, True, None]
+
+
 def test_value_into_a_place(backend, device):
     """Of a packed state, of another dtype, or one that no kernel writes to."""
     with torch.no_grad():

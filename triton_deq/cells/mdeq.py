@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..checks import check_count, check_number
 from ..ops.fusion import fusion, fusion_vjp
-from ..ops.groupnorm import groupnorm_evaluated, groupnorm_vjp
+from ..ops.groupnorm import groupnorm, groupnorm_evaluated, groupnorm_vjp
 from ..reference.groupnorm import Normalised
 from .layers import does_as, normalise_kernels
 
@@ -397,9 +397,10 @@ class Adjoint:
 
 
 def normalised(norm: Any, x: Tensor, kept: Kept | None, **around: Any) -> Tensor:
-    value, held = groupnorm_evaluated(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, **around)
-    if kept is not None:
-        kept.norms[norm] = held
+    given = (x, norm.num_groups, norm.weight, norm.bias)
+    if kept is None:
+        return groupnorm(*given, epsilon=norm.eps, **around)
+    value, kept.norms[norm] = groupnorm_evaluated(*given, epsilon=norm.eps, **around)
     return value
 
 

@@ -68,7 +68,7 @@ def groupnorm(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
-    return groupnorm_evaluated(x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out)[0]
+    return _evaluated(x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out, False)[0]
 
 
 def groupnorm_evaluated(
@@ -85,6 +85,28 @@ def groupnorm_evaluated(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Normalised]:
     """The value of `groupnorm`, and what `groupnorm_vjp` needs of it."""
+    value, mean, inverse = _evaluated(
+        x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out, True
+    )
+    passed = value if relu else None
+    return value, Normalised(x, gain, mask, shift, mean, inverse, passed, residual is not None)
+
+
+def _evaluated(
+    x: Tensor,
+    groups: int,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    epsilon: float,
+    backend: str,
+    out: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Any, Any]:
+    """The value, and μ and 1/σ if they are wanted."""
     _check(x, groups, gain, offset, mask, shift, residual, epsilon)
     inputs = (x, gain, offset, mask, shift, residual)
     served = kernels_serve(x, backend, autocast=True)
@@ -92,14 +114,12 @@ def groupnorm_evaluated(
         value, mean, inverse = reference.groupnorm(
             x, groups, gain, offset, mask, shift, residual, relu, epsilon
         )
-        value = value if out is None else out.copy_(value)
-    elif torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
-        value, mean, inverse = GroupNormFunction.apply(*inputs, groups, relu, epsilon, served)
-    else:
-        make = groupnorm_fwd if served else reference.groupnorm_fwd
-        value, mean, inverse = make(x, groups, *inputs[1:], relu, epsilon, out)
-    passed = value if relu else None
-    return value, Normalised(x, gain, mask, shift, mean, inverse, passed, residual is not None)
+        return value if out is None else out.copy_(value), mean, inverse
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
+        return GroupNormFunction.apply(*inputs, groups, relu, epsilon, served)
+    if served:
+        return groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out, statistics)
+    return reference.groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out)
 
 
 def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -149,13 +169,16 @@ def groupnorm_fwd(
     relu: bool,
     epsilon: float,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.groupnorm_fwd`, by the kernel."""
+    statistics: bool = True,
+) -> tuple[Tensor, Any, Any]:
+    """As `reference.groupnorm_fwd`, by the kernel; without `statistics` the value alone."""
     x, residual = laid(x), None if residual is None else laid(residual)
     shift = None if shift is None else laid(shift)
     value = out if out is not None and laid(out) is out else fresh(x)
-    wide = accumulate_dtype(x.dtype)
-    mean, inverse = (x.new_empty(x.shape[0], groups, dtype=wide) for _ in range(2))
+    mean = inverse = None
+    if statistics:
+        wide = accumulate_dtype(x.dtype)
+        mean, inverse = (x.new_empty(x.shape[0], groups, dtype=wide) for _ in range(2))
     grid, constants = _tiles(x.shape, x.dtype, groups, TILE)
     launch(
         _kernels().groupnorm_kernel,
@@ -167,14 +190,15 @@ def groupnorm_fwd(
         x if offset is None else offset.contiguous(),
         x if residual is None else residual,
         value,
-        mean,
-        inverse,
+        x if mean is None else mean,
+        x if inverse is None else inverse,
         *(sample_stride(x if each is None else each) for each in (x, shift, residual, value)),
         MASK=mask is not None,
         SHIFT=shift is not None,
         GAIN=gain is not None,
         RESIDUAL=residual is not None,
         RELU=relu,
+        STATISTICS=statistics,
         EPSILON=float(epsilon),
         **constants,
     )

@@ -227,7 +227,7 @@ def laid(x: Tensor) -> Tensor:
 
 def sample_stride(x: Tensor) -> int:
     """How far apart the samples of such a map begin; of a single one it means nothing."""
-    return x.stride()[0] if len(x) > 1 else x.numel()
+    return x.stride(0) if x.shape[0] > 1 else x.numel()
 
 
 def fresh(like: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class AndersonState:
     @cached_property
     def views(self) -> Views:
         """For the reference, which gives a state no other buffers but x and best."""
-        weights = torch.empty(len(self.x), 1, self.history, dtype=self.iterates.dtype)
+        weights = torch.empty(len(self.x), 1, self.history, dtype=self.iterates.dtype, device="cpu")
         return Views(
             residuals=self.residuals.unbind(),
             residuals_of=self.residuals.permute(1, 2, 0),

@@ -112,6 +112,21 @@ def test_norm_of_an_f_that_was_compiled_by_itself(wrapped):
     torch.testing.assert_close(*gradients)
 
 
+def test_norm_of_a_value_that_a_compiled_f_computed():
+    f, weight, _ = tanh_map(2, 5)
+    z = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(f, backend="aot_eager")
+    value = 2 * compiled(3 * z)
+    norm = td.jacobian_norm_of(value, z, backend="reference")  # a number it is
+    with pytest.raises(RuntimeError, match=r"call jacobian_norm\(f, z\)"):
+        norm.backward()
+    before = torch.compile(lambda z: 3 * z, backend="aot_eager")(z)
+    upstream = before.detach().requires_grad_() + 0 * before  # what was compiled elsewhere does no harm
+    at = upstream.detach().requires_grad_()
+    td.jacobian_norm_of(f(at) + 0 * before, at, backend="reference").backward()
+    assert weight.grad is not None
+
+
 def test_norm_of_what_does_not_depend_on_z():
     constant = torch.ones(2, 3)
     assert td.jacobian_norm(lambda z: constant, torch.zeros(2, 3)).item() == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,28 @@ def check_reached(product: Tensor | None) -> Tensor:
             "others); pass the very z that f was called with"
         )
     return product
+
+
+def explain_compiled(product: Tensor) -> None:
+    """Let a backward pass through that of a compiled function end in an error with a remedy."""
+    seen: set[Any] = set()
+    waiting = [product.grad_fn] if "torch._dynamo" in sys.modules else []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith("CompiledFunctionBackwardBackward"):
+            product.register_hook(_refuse_compiled)
+            return
+        seen.add(node)
+        waiting += [each for each, _ in node.next_functions]
+
+
+def _refuse_compiled(grad: Tensor) -> None:
+    raise RuntimeError(
+        "value was computed by a function that torch.compile has made, which has no double backward: call "
+        "jacobian_norm(f, z), which runs f as it was written"
+    )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from .checks import (
     check_reached,
     check_state,
     check_value,
+    explain_compiled,
 )
 from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
 from .reference.record import accumulate_dtype
@@ -114,7 +115,8 @@ def jacobian_norm_of(
     Raises:
         TypeError, ValueError: an argument that cannot be, a z that needs no gradient or a value without a
             graph that leads to z, named with the remedy.
-        RuntimeError: in a graph of `torch.compile`.
+        RuntimeError: in a graph of `torch.compile`; in the estimate's backward pass, if a function that was
+            compiled has computed the value.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -128,8 +130,9 @@ def jacobian_norm_of(
     norms = []
     for index in range(probes):
         vector = probe(value, seed, index, distribution, name)
-        product = _engine_product(value, z, vector, create_graph=torch.is_grad_enabled())
-        norms.append(squared_norm(check_reached(product), name))
+        product = check_reached(_engine_product(value, z, vector, create_graph=torch.is_grad_enabled()))
+        explain_compiled(product)
+        norms.append(squared_norm(product, name))
     return _reduce(torch.stack(norms), z, reduction)
 
 

@@ -68,7 +68,8 @@ def groupnorm(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
-    return _evaluated(x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out, False)[0]
+    given = (x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out)
+    return groupnorm_evaluated(*given, statistics=False)[0]
 
 
 def groupnorm_evaluated(
@@ -83,30 +84,9 @@ def groupnorm_evaluated(
     epsilon: float = 1e-5,
     backend: str = "auto",
     out: Tensor | None = None,
+    statistics: bool = True,
 ) -> tuple[Tensor, Normalised]:
-    """The value of `groupnorm`, and what `groupnorm_vjp` needs of it."""
-    value, mean, inverse = _evaluated(
-        x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out, True
-    )
-    passed = value if relu else None
-    return value, Normalised(x, gain, mask, shift, mean, inverse, passed, residual is not None)
-
-
-def _evaluated(
-    x: Tensor,
-    groups: int,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    epsilon: float,
-    backend: str,
-    out: Tensor | None,
-    statistics: bool,
-) -> tuple[Tensor, Any, Any]:
-    """The value, and μ and 1/σ if they are wanted."""
+    """The value of `groupnorm`, and what `groupnorm_vjp` needs of it, without `statistics` less."""
     _check(x, groups, gain, offset, mask, shift, residual, epsilon)
     inputs = (x, gain, offset, mask, shift, residual)
     served = kernels_serve(x, backend, autocast=True)
@@ -114,12 +94,15 @@ def _evaluated(
         value, mean, inverse = reference.groupnorm(
             x, groups, gain, offset, mask, shift, residual, relu, epsilon
         )
-        return value if out is None else out.copy_(value), mean, inverse
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
-        return GroupNormFunction.apply(*inputs, groups, relu, epsilon, served)
-    if served:
-        return groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out, statistics)
-    return reference.groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out)
+        value = value if out is None else out.copy_(value)
+    elif torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
+        value, mean, inverse = GroupNormFunction.apply(*inputs, groups, relu, epsilon, served)
+    elif served:
+        value, mean, inverse = groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out, statistics)
+    else:
+        value, mean, inverse = reference.groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out)
+    passed = value if relu else None
+    return value, Normalised(x, gain, mask, shift, mean, inverse, passed, residual is not None)
 
 
 def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry
 import triton_deq.backend
 import triton_deq.ops.launch
 from triton_deq.inspection.roofline import LAUNCH
-from triton_deq.ops.launch import launch_anew
+from triton_deq.ops.launch import launch_anew, tensors_of
 from triton_deq.timing import Call, Stopwatch
 
 from . import environment as environments
@@ -182,8 +182,11 @@ def _work_of_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any
     from triton_deq.kernels.catalog import ENTRIES, Pointer
 
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-    tensors = {_key(each): each for each in values.values() if isinstance(each, Tensor)}
+    tensors = {_key(each): each for each in tensors_of((*values.values(),))}
     entry = next(each for each in ENTRIES if each.kernel is kernel)
+    moved = sum(map(_bytes, tensors.values()))
+    if entry.op not in _SOLVERS and not entry.budget.tensor_cores:
+        return Work(moved, {})
     arguments = {
         name: Pointer(DTYPES.get(value.dtype, "i64")) if isinstance(value, Tensor) else value
         for name, value in values.items()
@@ -192,7 +195,7 @@ def _work_of_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any
     state = values[entry.contiguous[0]]
     batch = values.get("B", len(state))
     sizes = (sized, batch, state.numel() // max(batch, 1))
-    traffic = sum(map(_bytes, tensors.values())) if entry.op not in _SOLVERS else sized.traffic(*sizes)
+    traffic = sized.traffic(*sizes) if entry.op in _SOLVERS else moved
     return Work(traffic, sized.work(*sizes) if entry.budget.tensor_cores else {})
 
 

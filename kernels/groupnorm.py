@@ -3,6 +3,9 @@
 The formulas stand in triton_deq/reference/groupnorm.py. Maps are channels-last: a sample is a matrix [P, C]
 of pixels and channels, and samples lie a stride apart. A group is read in tiles [ROWS, BLOCK], twice; the
 second time it is in the cache, or where it is one tile, in registers.
+
+The first two take several maps in one launch, of any sizes: those of a multiscale state that do not wait for
+each other. Programs are dealt out to the maps in their order, so the largest should come first.
 """
 
 import triton
@@ -51,7 +54,24 @@ def passed(vector_ptr, value_ptr, offsets, inside, RELU: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def groupnorm_kernel(
+def groupnorm_kernel(maps, batch, CONSTANTS: tl.constexpr):
+    """`normalise` for every group of every sample of every map.
+
+    maps, CONSTANTS: for each map the arguments of `normalise` after `program`, up to the compile-time ones,
+    and those.    batch: of all maps
+    """
+    first = 0
+    for k in tl.static_range(len(CONSTANTS)):
+        programs = batch * CONSTANTS[k][2]  # G a sample
+        program = tl.program_id(0) - first
+        if program >= 0 and program < programs:
+            normalise(program, *maps[k], *CONSTANTS[k])
+        first += programs
+
+
+@triton.jit
+def normalise(
+    program,
     x_ptr,
     mask_ptr,
     shift_ptr,
@@ -88,8 +108,8 @@ def groupnorm_kernel(
     """
     CG: tl.constexpr = C // G
     N: tl.constexpr = P * CG
-    sample = (tl.program_id(0) // G).to(tl.int64)
-    group = tl.program_id(0) % G
+    sample = (program // G).to(tl.int64)
+    group = program % G
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride
     scale = tl.zeros([BLOCK], dtype=WIDE)
@@ -132,7 +152,20 @@ def groupnorm_kernel(
 
 
 @triton.jit
-def groupnorm_vjp_kernel(
+def groupnorm_vjp_kernel(maps, batch, CONSTANTS: tl.constexpr):
+    """`pull` for every group of every sample of every map; arguments as of `groupnorm_kernel`."""
+    first = 0
+    for k in tl.static_range(len(CONSTANTS)):
+        programs = batch * CONSTANTS[k][2]
+        program = tl.program_id(0) - first
+        if program >= 0 and program < programs:
+            pull(program, *maps[k], *CONSTANTS[k])
+        first += programs
+
+
+@triton.jit
+def pull(
+    program,
     vector_ptr,
     x_ptr,
     mask_ptr,
@@ -165,13 +198,13 @@ def groupnorm_vjp_kernel(
 ):
     """`(g − mean(g) − n mean(g n)) / σ` with `g = γ ⊙ v`, v the vector where value > 0; m times that.
 
-    vector, x, shift, value: [B, P, C], samples a stride of their own apart; the rest as in `groupnorm_kernel`
+    vector, x, shift, value: [B, P, C], samples a stride of their own apart; the rest as in `normalise`
     of_x, with SUM of_sum, with OTHER v: [B, P, C], dense    sums: [B, 2, C], of v and v n, with PARAMETERS
     """
     CG: tl.constexpr = C // G
     N: tl.constexpr = P * CG
-    sample = (tl.program_id(0) // G).to(tl.int64)
-    group = tl.program_id(0) % G
+    sample = (program // G).to(tl.int64)
+    group = program % G
     vector_ptr += sample * vector_stride
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride

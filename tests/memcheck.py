@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
-import torch
+
+from triton_deq.ops.launch import tensors_of
 
 
 class OutOfBounds(Exception):
@@ -29,7 +30,7 @@ def checked() -> Iterator[None]:
         nonlocal begins, ends, name
         found = take_in(self, args, kwargs)
         name = self.fn.__name__
-        storages = [each.untyped_storage() for each in found[0] if isinstance(each, torch.Tensor)]
+        storages = [each.untyped_storage() for each in tensors_of(found[0])]
         extents = sorted({(each.data_ptr(), each.data_ptr() + each.nbytes()) for each in storages})
         begins, ends = np.array(extents, np.uint64).T
         return found

@@ -232,22 +232,38 @@ def call_norm(entry: Entry, x: torch.Tensor) -> None:
 
 def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
     from triton_deq.ops import groupnorm
+    from triton_deq.ops.groupnorm import Map
     from triton_deq.reference.groupnorm import Normalised
 
-    values, wide = entry.arguments, torch.promote_types(state.dtype, torch.float32)
-    x = state.view(len(state), 1, values["P"], values["C"]).permute(0, 3, 1, 2)
-    gain = state.new_zeros(values["C"]) if values["GAIN"] else None
-    shift, relu = x if values["SHIFT"] else None, values["RELU"]
-    numbers = state.new_zeros(len(state), values["G"], dtype=wide)
-    held = Normalised(x, gain, None, shift, numbers, numbers, x if relu else None)
-    if "RESIDUAL" in values:
-        residual = x if values["RESIDUAL"] else None
-        given = (x, values["G"], gain, gain, None, shift, residual, relu, values["EPSILON"])
-        groupnorm.groupnorm_fwd(*given, statistics=values["STATISTICS"])
-    elif "BESIDE" in values:
-        groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held)
+    def map_of(pixels: int, channels: int) -> torch.Tensor:
+        return state.new_zeros(len(state), 1, pixels, channels).permute(0, 3, 1, 2)
+
+    def held(x: torch.Tensor, groups: int, shift: bool, gain: bool, relu: bool) -> Normalised:
+        numbers = state.new_zeros(len(state), groups, dtype=torch.promote_types(state.dtype, torch.float32))
+        gains = state.new_zeros(x.shape[1]) if gain else None
+        return Normalised(x, gains, None, x if shift else None, numbers, numbers, x if relu else None)
+
+    kernel, values = entry.name.split("[")[0], entry.arguments
+    if kernel == "groupnorm_second":
+        x = map_of(values["P"], values["C"])
+        flags = (values[name] for name in ("G", "SHIFT", "GAIN", "RELU"))
+        groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held(x, *flags))
+        return
+    maps, products = [], []
+    for pixels, channels, groups, _, shift, gain, *flags, _, _, _ in values["CONSTANTS"]:
+        x = map_of(pixels, channels)
+        if kernel == "groupnorm":
+            more, relu, statistics, epsilon = flags
+            gains = state.new_zeros(channels) if gain else None
+            beside = (x if there else None for there in (shift, more))
+            maps.append(Map(x, groups, gains, gains, None, *beside, relu, epsilon))
+        else:
+            relu, _, _, parameters = flags
+            products.append((x, held(x, groups, shift, gain, relu)))
+    if maps:
+        groupnorm.groupnorm_fwd(maps, statistics)
     else:
-        groupnorm.groupnorm_vjp_fwd(x, held, values["PARAMETERS"])
+        groupnorm.groupnorm_vjp_fwd(*zip(*products, strict=True), parameters)
 
 
 def call_fusion(entry: Entry, state: torch.Tensor) -> None:
@@ -331,13 +347,21 @@ def test_an_entry_is_what_its_op_launches(entry: Entry, device: str, monkeypatch
     assert options == dict(entry.options)
     assert launched.keys() == entry.arguments.keys() == set(names)
     for key, value in entry.arguments.items():
-        if isinstance(value, Pointer):
-            assert launched[key].dtype == DTYPES[value.dtype], key
-            assert launched[key].data_ptr() % 16 == 0, key
-        elif key == "OPERAND" and entry.dtype == "bf16" and interpreting():
-            assert str(launched[key]) == "fp32"  # whose arithmetic in bfloat16 is wrong
-        else:
-            assert (launched[key], type(launched[key])) == (value, type(value)), key
+        if key == "OPERAND" and entry.dtype == "bf16" and interpreting():
+            value = type(value)("fp32")  # the interpreter's arithmetic in bfloat16 is wrong
+        assert_alike(launched[key], value, key)
+
+
+def assert_alike(launched, value, key: str) -> None:
+    if isinstance(value, tuple):
+        assert len(launched) == len(value), key
+        for each, of_entry in zip(launched, value, strict=True):
+            assert_alike(each, of_entry, key)
+    elif isinstance(value, Pointer):
+        assert launched.dtype == DTYPES[value.dtype], key
+        assert launched.data_ptr() % 16 == 0, key
+    else:
+        assert (launched, type(launched)) == (value, type(value)), key
 
 
 # ----------------------------------------------------------------------------------- what the command reports

@@ -61,7 +61,7 @@ def groupnorm_vjp(randn: Draw, batch: int, side: int, channels: int, backend: st
         _maps(randn, batch, side, channels),
         randn(channels),
     )
-    _, held = norms.groupnorm_evaluated(x, GROUPS, gain, gain, relu=True, backend=backend)
+    _, held = norms.groupnorm_each([norms.Map(x, GROUPS, gain, gain, relu=True)], backend)[0]
     return lambda: norms.groupnorm_vjp(vector, held, backend)
 
 
@@ -81,7 +81,8 @@ def groupnorm_second(randn: Draw, batch: int, side: int, channels: int, backend:
     x, vector, along = (_maps(randn, batch, side, channels) for _ in range(3))
     gain = randn(channels).requires_grad_()
     leaves = [x.requires_grad_(), vector.requires_grad_(), gain]
-    _, held = norms.groupnorm_evaluated(x.detach(), GROUPS, gain.detach(), gain.detach(), relu=True)
+    given = norms.Map(x.detach(), GROUPS, gain.detach(), gain.detach(), relu=True)
+    _, held = norms.groupnorm_each([given], backend)[0]
     product, _ = norms.groupnorm_vjp(vector, held._replace(x=x, gain=gain), backend)
     return lambda: torch.autograd.grad(product, leaves, along, retain_graph=True)
 

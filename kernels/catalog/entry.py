@@ -37,8 +37,9 @@ class Entry:
     """One kernel in one configuration that ships.
 
     shape: (batch, entries per sample) of the state at that launch.
-    arguments: by name; `Pointer`, int, or the value of a `tl.constexpr`.
-    contiguous: the pointers whose entries are the bulk of the traffic, read and written in order.
+    arguments: by name; `Pointer`, int, or the value of a `tl.constexpr`; tuples of them where the kernel has.
+    contiguous: the pointers whose entries are the bulk of the traffic, read and written in order; of a tuple
+        by the name that they have where it is unpacked, the state's being its first.
     traffic: bytes that must go through memory, of (entry, batch, entries per sample).
     work: the least operations by unit ("fp32", "fp64", "int32", "tensor_bf16", ...), of the same.
     """
@@ -57,7 +58,10 @@ class Entry:
     @property
     def dtype(self) -> str:
         """The dtype of the state."""
-        return self.arguments[self.contiguous[0]].dtype
+        state: Any = self.arguments.get(self.contiguous[0]) or next(iter(self.arguments.values()))
+        while isinstance(state, tuple):
+            state = state[0]
+        return state.dtype
 
 
 @dataclass(frozen=True)

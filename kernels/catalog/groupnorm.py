@@ -1,5 +1,6 @@
 """GroupNorm's kernels in the catalog."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton.language as tl
@@ -8,84 +9,132 @@ from .. import groupnorm as kernels
 from .entry import BYTES, Budget, Entry, Pointer, name_of, traded, unit_of
 
 
+@dataclass(frozen=True)
+class Uses:
+    """What an op is asked for. more: with a residual, or in the second derivatives with its gradient."""
+
+    shift: bool = False
+    more: bool = False
+    gain: bool = True
+    relu: bool = True
+    parameters: bool = False
+    statistics: bool = True
+
+
 def _entry(
     kernel: str,
     dtype: str,
     batch: int,
-    pixels: int,
-    channels: int,
+    *maps: tuple[int, int, Uses],
     groups: int = 8,
-    *,
     note: str = "",
-    shift: bool = False,
-    more: bool = False,
-    gain: bool = True,
-    relu: bool = True,
-    parameters: bool = False,
-    statistics: bool = True,
     spilled: int = 0,
 ) -> Entry:
-    """more: with a residual, or in the second derivatives with its gradient."""
-    second = kernel == "groupnorm_second"
-    inputs, outputs, others = {
-        "groupnorm": (("x", "shift", "residual"), ("out",), ()),
-        "groupnorm_vjp": (("vector", "x", "shift", "value"), ("of_x", "v"), ("of_sum",)),
-        "groupnorm_second": (
-            ("along", "beside", "vector", "x", "shift", "value"),
-            ("of_x", "of_vector"),
-            ("of_sum",),
-        ),
-    }[kernel]
-    left_out = {
-        "shift": not shift,
-        "residual": not more,
-        "beside": not more,
-        "value": not relu,
-        "v": not relu,
-    }
-    bulk = tuple(f"{name}_ptr" for name in (*inputs, *outputs) if not left_out.get(name))
-    flags = {"MASK": False, "SHIFT": shift, "GAIN": gain, "RELU": relu}
-    if kernel == "groupnorm":
-        flags |= {"RESIDUAL": more, "STATISTICS": statistics, "EPSILON": 1e-5}
-        names = ("mask", "gain", "offset")
+    """maps: pixels and channels of each, and what is done with it."""
+    pixels, channels, uses = maps[0]
+    runs = [_power(channels // groups) for _, channels, _ in maps]
+    if kernel == "groupnorm_second":
+        bulk, arguments, warps = _second(dtype, pixels, channels, groups, uses)
     else:
-        flags |= {"SUM": False, **({"BESIDE": more} if second else {"OTHER": relu, "PARAMETERS": parameters})}
-        names = ("mask", "gain")
-    tiles, warps = _tiles(pixels, channels, groups, 2048 if second else 4096)
-    wide = Pointer("fp64" if dtype == "fp64" else "fp32")
-    sums = {} if kernel == "groupnorm" else {"sums_ptr": wide}
-    strided = inputs if kernel != "groupnorm" else (*inputs, "out")
-    access = min(16, BYTES[dtype] * _power(channels // groups))
+        parts = [(_forward if kernel == "groupnorm" else _vjp)(dtype, groups, *each) for each in maps]
+        bulk = parts[0][0]
+        arguments = {
+            "maps": tuple(operands for _, operands, _, _ in parts),
+            "batch": batch,
+            "CONSTANTS": tuple(constants for _, _, constants, _ in parts),
+        }
+        warps = max(warps for *_, warps in parts)
+        # The warps are the largest map's; of a small one a thread may have less than it could read at once.
+        tiles = [constants[-2] * constants[-1] for _, _, constants, _ in parts]
+        runs += [max(tile // (64 * warps), 1) for tile in tiles]
+    access = min(16, BYTES[dtype] * min(runs))
+    operations = 30 if kernel == "groupnorm_second" else 12
     return Entry(
         op="groupnorm",
         name=name_of(kernel, dtype, f"{pixels}x{channels}", note),
         kernel=getattr(kernels, f"{kernel}_kernel"),
-        shape=(batch, pixels * channels),
-        arguments={
-            **{f"{name}_ptr": Pointer(dtype) for name in (*inputs, *outputs, *others, *names)},
-            **dict.fromkeys(("mean_ptr", "inverse_ptr"), wide if statistics else Pointer(dtype)),
-            **sums,
-            **{f"{name}_stride": pixels * channels for name in strided},
-            "P": pixels,
-            "C": channels,
-            "G": groups,
-            **flags,
-            "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
-            **tiles,
-        },
+        shape=(batch, sum(pixels * channels for pixels, channels, _ in maps)),
+        arguments=arguments,
         contiguous=bulk,
         traffic=lambda entry, batch, entries: len(bulk) * batch * entries * BYTES[entry.dtype],
-        work=lambda entry, batch, entries: {unit_of(entry): (30 if second else 12) * batch * entries},
+        work=lambda entry, batch, entries: {unit_of(entry): operations * batch * entries},
         budget=Budget(spilled=spilled, load=access, store=access),
         options={"num_warps": warps, "enable_fp_fusion": True},
     )
 
 
-def _tiles(pixels: int, channels: int, groups: int, most: int) -> tuple[dict[str, Any], int]:
-    """As the ops cut a group into tiles."""
+def _forward(dtype: str, groups: int, pixels: int, channels: int, uses: Uses) -> tuple[Any, ...]:
+    """What is bulk, the operands, the constants and the warps of a map."""
+    state, wide = Pointer(dtype), _wide(dtype)
+    tiles, warps = _tiles(dtype, pixels, channels, groups, 4096)
+    numbers = wide if uses.statistics else state
+    operands = (*(state,) * 7, *(numbers,) * 2, *(pixels * channels,) * 4)
+    flags = (False, uses.shift, uses.gain, uses.more, uses.relu, uses.statistics, 1e-5)
+    bulk = _chosen(x_ptr=True, shift_ptr=uses.shift, residual_ptr=uses.more, out_ptr=True)
+    return bulk, operands, (pixels, channels, groups, *flags, *tiles), warps
+
+
+def _vjp(dtype: str, groups: int, pixels: int, channels: int, uses: Uses) -> tuple[Any, ...]:
+    """The same of its product."""
+    state, wide = Pointer(dtype), _wide(dtype)
+    tiles, warps = _tiles(dtype, pixels, channels, groups, 4096)
+    operands = (*(state,) * 5, *(wide,) * 2, *(state,) * 4, wide, *(pixels * channels,) * 4)
+    flags = (False, uses.shift, uses.gain, uses.relu, False, uses.relu, uses.parameters)
+    relu = uses.relu
+    bulk = _chosen(
+        vector_ptr=True, x_ptr=True, shift_ptr=uses.shift, value_ptr=relu, of_x_ptr=True, v_ptr=relu
+    )
+    return bulk, operands, (pixels, channels, groups, *flags, *tiles), warps
+
+
+def _second(dtype: str, pixels: int, channels: int, groups: int, uses: Uses) -> tuple[Any, ...]:
+    """What is bulk, the arguments and the warps of the second derivatives."""
+    state, wide = Pointer(dtype), _wide(dtype)
+    inputs = ("along", "beside", "vector", "x", "shift", "value")
+    states = (*inputs, "of_x", "of_vector", "of_sum", "mask", "gain")
+    tiles, warps = _tiles(dtype, pixels, channels, groups, 2048)
+    arguments = {
+        **{f"{name}_ptr": state for name in states},
+        **dict.fromkeys(("mean_ptr", "inverse_ptr", "sums_ptr"), wide),
+        **{f"{name}_stride": pixels * channels for name in inputs},
+        "P": pixels,
+        "C": channels,
+        "G": groups,
+        "MASK": False,
+        "SHIFT": uses.shift,
+        "GAIN": uses.gain,
+        "RELU": uses.relu,
+        "SUM": False,
+        "BESIDE": uses.more,
+        **dict(zip(("WIDE", "ROWS", "BLOCK"), tiles, strict=True)),
+    }
+    bulk = _chosen(
+        along_ptr=True,
+        beside_ptr=uses.more,
+        vector_ptr=True,
+        x_ptr=True,
+        shift_ptr=uses.shift,
+        value_ptr=uses.relu,
+        of_x_ptr=True,
+        of_vector_ptr=True,
+    )
+    return bulk, arguments, warps
+
+
+def _chosen(**pointers: bool) -> tuple[str, ...]:
+    return tuple(name for name, there in pointers.items() if there)
+
+
+def _wide(dtype: str) -> Pointer:
+    return Pointer("fp64" if dtype == "fp64" else "fp32")
+
+
+def _tiles(dtype: str, pixels: int, channels: int, groups: int, most: int) -> tuple[tuple[Any, ...], int]:
+    """As the ops cut a group into tiles: WIDE, ROWS and BLOCK, and the warps."""
     block = 1 << (channels // groups - 1).bit_length()
     rows = min(max(most // block, 1), 1 << (pixels - 1).bit_length())
-    return {"ROWS": rows, "BLOCK": block}, min(max(rows * block // 512, 1), 8)
+    wide = tl.float64 if dtype == "fp64" else tl.float32
+    return (wide, rows, block), min(max(rows * block // 512, 1), 8)
 
 
 def _power(number: int) -> int:
@@ -93,13 +142,30 @@ def _power(number: int) -> int:
     return number & -number
 
 
+PLAIN = Uses()
+TAIL = Uses(shift=True, more=True)
+STAGE = tuple(
+    (pixels, channels, Uses(shift=place == 0, more=True, statistics=False))
+    for place, (pixels, channels) in enumerate(((1024, 32), (256, 64), (64, 128), (16, 256)))
+)
+"""The four resolutions of a block's end, on images of 32×32."""
+
 ENTRIES = (
-    _entry("groupnorm", "fp32", 32, 3136, 160),
-    _entry("groupnorm", "bf16", 32, 3136, 160),
-    traded(_entry("groupnorm", "bf16", 32, 3136, 32, note="tail", shift=True, more=True)),
-    _entry("groupnorm", "fp16", 32, 49, 256, 4, note="post", gain=False, relu=False, statistics=False),
-    _entry("groupnorm_vjp", "fp32", 32, 3136, 160),
-    _entry("groupnorm_vjp", "bf16", 32, 784, 64, note="parameters", parameters=True),
-    _entry("groupnorm_second", "fp32", 32, 3136, 160),
-    _entry("groupnorm_second", "bf16", 32, 784, 64, note="tail", shift=True, more=True),
+    _entry("groupnorm", "fp32", 32, (3136, 160, PLAIN)),
+    _entry("groupnorm", "bf16", 32, (3136, 160, PLAIN)),
+    traded(_entry("groupnorm", "bf16", 32, (3136, 32, TAIL), note="tail")),
+    _entry(
+        "groupnorm",
+        "fp16",
+        32,
+        (49, 256, Uses(gain=False, relu=False, statistics=False)),
+        groups=4,
+        note="post",
+    ),
+    _entry("groupnorm", "bf16", 96, *STAGE, note="stage"),
+    _entry("groupnorm_vjp", "fp32", 32, (3136, 160, PLAIN)),
+    _entry("groupnorm_vjp", "bf16", 32, (784, 64, Uses(parameters=True)), note="parameters"),
+    _entry("groupnorm_vjp", "bf16", 96, *STAGE, note="stage"),
+    _entry("groupnorm_second", "fp32", 32, (3136, 160, PLAIN)),
+    _entry("groupnorm_second", "bf16", 32, (784, 64, TAIL), note="tail"),
 )

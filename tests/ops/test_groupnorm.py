@@ -29,6 +29,11 @@ def tensors(batch=2, channels=4, height=2, width=3, **draw):
     return (x, gain.requires_grad_(), offset.requires_grad_(), shift, residual), mask.abs()
 
 
+def evaluated(*given, backend="auto"):
+    """The value, and what its product needs."""
+    return op.groupnorm_each([op.Map(*given)], backend)[0]
+
+
 def plainly(x, groups, gain, offset, mask, shift, residual, relu):
     value = group_norm(x * mask[:, :, None, None] + shift, groups, gain, offset) + residual
     return value.relu() if relu else value
@@ -93,7 +98,7 @@ def test_first_second_and_third_derivatives(relu):
         return op.groupnorm(x, 2, gain, offset, mask, shift, residual, relu, backend="reference")
 
     def product(vector, x, gain, offset, shift, residual):
-        held = op.groupnorm_evaluated(x, 2, gain, offset, mask, shift, residual, relu, backend="reference")[1]
+        _, held = evaluated(x, 2, gain, offset, mask, shift, residual, relu, backend="reference")
         return op.groupnorm_vjp(vector, held, "reference")
 
     vector = torch.randn_like(given[0]).requires_grad_()
@@ -120,9 +125,7 @@ def test_derivatives_by_the_kernels(device):
     vector = torch.randn_like(given[0]).requires_grad_()
 
     def product(vector, x, gain, offset, shift, residual):
-        value, held = op.groupnorm_evaluated(
-            x, 2, gain, offset, mask, shift, residual, True, backend="triton"
-        )
+        value, held = evaluated(x, 2, gain, offset, mask, shift, residual, True, backend="triton")
         return value, *op.groupnorm_vjp(vector, held, "triton")
 
     assert gradcheck(product, (vector, *given), fast_mode=True)
@@ -154,17 +157,84 @@ def test_the_value_alone_is_that_with_statistics(monkeypatch, device):
     (x, gain, offset, shift, residual), mask = tensors(device=device)
     asked, real = [], op.launch
 
-    def launch(*args, **constants):
-        asked.append(constants.get("STATISTICS"))
-        return real(*args, **constants)
+    def launch(kernel, *args, **constants):
+        if kernel.fn.__name__ == "groupnorm_kernel":
+            asked.append(constants["CONSTANTS"][0][8])
+        return real(kernel, *args, **constants)
 
     monkeypatch.setattr(op, "launch", launch)
     with torch.no_grad():
         given = (x, 2, gain, offset, mask, shift, residual, True)
         value = op.groupnorm(*given, backend="triton")
-        assert torch.equal(value, op.groupnorm_evaluated(*given, backend="triton")[0])
+        assert torch.equal(value, evaluated(*given, backend="triton")[0])
     op.groupnorm(*given, backend="triton").sum().backward()  # which reads them
-    assert asked == [False, True, True, None]
+    assert asked == [False, True, True]
+
+
+def several(device, channels=(6, 2, 4, 2, 8), batch=2, **draw):
+    """Maps of several sizes, with more and with less around them."""
+    given = []
+    for place, width in enumerate(channels):
+        shape = (batch, width, 1 + place % 3, 3)
+        x, shift, residual = (maps(*shape, device=device, **draw) for _ in range(3))
+        gain, offset = (torch.randn(width, dtype=x.dtype, device=device) for _ in range(2))
+        mask = torch.rand(batch, width, dtype=x.dtype, device=device) if place % 2 else None
+        around = (gain, offset, mask, shift, residual, True) if place else (None,) * 5
+        given.append(op.Map(x, 2, *around))
+    return given
+
+
+@kernels
+def test_maps_that_share_launches_are_as_each_alone(monkeypatch, device):
+    """And so are their products; a launch takes four, of the largest first."""
+    launched, real = [], op.launch
+
+    def launch(kernel, grid, parts, batch, **constants):
+        sizes = [part[0].numel() for part in parts]
+        assert grid == (2 * batch * len(parts),)
+        launched.append((kernel.fn.__name__, sizes))
+        return real(kernel, grid, parts, batch, **constants)
+
+    given = several(device)
+    vectors = [torch.randn_like(each.x) for each in given]
+    monkeypatch.setattr(op, "launch", launch)
+    found = op.groupnorm_each(given, "triton")
+    products = op.groupnorm_vjp_each(vectors, [held for _, held in found], "triton")
+    sizes = [96, 72, 36, 24, 12]
+    assert launched == [
+        (name, part)
+        for name in ("groupnorm_kernel", "groupnorm_vjp_kernel")
+        for part in (sizes[:4], sizes[4:])
+    ]
+    for one, vector, (value, held), pair in zip(given, vectors, found, products, strict=True):
+        expected, other = evaluated(*one, backend="reference")
+        torch.testing.assert_close((value, *held[4:6]), (expected, *other[4:6]))
+        wanted = op.groupnorm_vjp(vector, other, "reference")
+        torch.testing.assert_close(pair[: 1 + held.residual], wanted[: 1 + held.residual])
+
+
+@pytest.mark.parametrize("odd", ["batch", "dtype", "gradient", "empty"])
+def test_maps_of_other_kinds_side_by_side(odd, backend, device):
+    given = several(device, channels=(4, 2))
+    if odd == "batch":
+        given += several(device, channels=(4,), batch=3)
+    elif odd == "dtype":
+        given += several(device, channels=(4,), dtype=torch.float32)
+    elif odd == "empty":
+        given = several(device, channels=(4, 2), batch=0)
+    else:
+        given[1].x.requires_grad_()
+    vectors = [torch.randn_like(each.x) for each in given]
+    found = op.groupnorm_each(given, backend)
+    products = op.groupnorm_vjp_each(vectors, [held for _, held in found], backend)
+    for one, vector, (value, held), pair in zip(given, vectors, found, products, strict=True):
+        expected, other = evaluated(*one, backend="reference")
+        torch.testing.assert_close(value, expected)
+        wanted = op.groupnorm_vjp(vector, other, "reference")
+        torch.testing.assert_close(pair[: 1 + held.residual], wanted[: 1 + held.residual])
+    if odd == "gradient":
+        (found[1][0].sum() + products[1][0].square().sum()).backward()
+        assert given[1].x.grad.isfinite().all()
 
 
 def test_value_into_a_place(backend, device):
@@ -219,6 +289,6 @@ def test_bad_input(change, error, message):
 
 
 def test_a_vector_of_another_shape():
-    held = op.groupnorm_evaluated(torch.randn(2, 4, 3, 3), 2)[1]
+    _, held = evaluated(torch.randn(2, 4, 3, 3), 2)
     with pytest.raises(ValueError, match=r"vector has shape \(2, 4, 3, 2\), the value has \(2, 4, 3, 3\)"):
         op.groupnorm_vjp(torch.randn(2, 4, 3, 2), held)

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from ..checks import check_count, check_number
 from ..ops.fusion import fusion, fusion_vjp
-from ..ops.groupnorm import groupnorm, groupnorm_evaluated, groupnorm_vjp
+from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
+from ..ops.launch import kernels_serve
 from ..reference.groupnorm import Normalised
 from .layers import does_as, normalise_kernels
 
@@ -104,6 +105,7 @@ class MDEQCell(nn.Module):
         self._units = [layer for layer in self.modules() if isinstance(layer, ConvNorm)]
         for place, unit in enumerate(self._units):
             unit.place = place
+        self._paths = self._crossing()
         for unit in self._units:
             nn.init.normal_(unit.conv.weight, 0, init_std)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -125,6 +127,15 @@ class MDEQCell(nn.Module):
                 for k in range(steps)
             )
         )
+
+    def _crossing(self) -> dict[tuple[int, int], tuple["ConvNorm", ...]]:
+        """The path to each target from each other source."""
+        return {
+            (target, source): tuple(path)
+            for target, paths in enumerate(self.fuse)
+            for source, path in enumerate(paths)
+            if source != target
+        }
 
     # ------------------------------------------------------------------------------- once a solve
 
@@ -168,11 +179,11 @@ class MDEQCell(nn.Module):
     def _weights(self, device: str) -> tuple[Tensor, ...]:
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for layer in self.modules():
-            kind = next((kind for kind in (nn.Conv2d, nn.GroupNorm) if isinstance(layer, kind)), None)
+            kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
             if kind is not None and not does_as(kind, layer):
                 raise TypeError(
                     f"a {kind.__name__} of the cell was replaced or has a hook, and the cell reads its "
-                    "weight without calling it: change the weight by torch.nn.utils.parametrize instead"
+                    "weights without calling it: change the weight by torch.nn.utils.parametrize instead"
                 )
         weights = []
         for unit in self._units:
@@ -212,7 +223,7 @@ class MDEQCell(nn.Module):
         return self._vjp if does_as(MDEQCell, self) else None
 
     def _vjp(self, z: Tensor, u: MDEQInjection) -> tuple[Tensor, "Pullback"]:
-        kept = Kept({}, {})
+        kept = Kept({}, [])
         value = pack(self._evaluate(z, u, kept)).to(z.dtype)
         return value, Pullback(self, u, kept, z.dtype)
 
@@ -224,38 +235,50 @@ class MDEQCell(nn.Module):
             wanted = (len(u.shift), sum(scale.entries for scale in u.scales))
             raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {wanted}: give z that shape")
         places: Sequence[Tensor | None] = [None] * len(u.scales) if out is None else unpack(out, u.scales)
-        alone = len(u.scales) == 1
-        branches = [
-            block(
-                x,
-                u,
-                None if u.masks is None else u.masks[i],
-                u.shift if i == 0 else None,
-                kept,
-                places[i] if alone else None,
+        maps, alone = unpack(z, u.scales), len(u.scales) == 1
+
+        def advance(steps: list[Step], values: list[Tensor]) -> list[Tensor]:
+            return forwards(steps, values, u, kept)
+
+        blocks = [
+            block.steps(
+                mask=None if u.masks is None else u.masks[i],
+                shift=u.shift if i == 0 else None,
+                residual=maps[i],
+                out=places[i] if alone else None,
             )
-            for i, (block, x) in enumerate(zip(self.blocks, unpack(z, u.scales), strict=True))
+            for i, block in enumerate(self.blocks)
         ]
+        branches = walk(maps, blocks, advance)
         if alone:
             return branches
-        fused = [self._fused(i, branches, u, kept) for i in range(len(branches))]
-        return [post(x, u, kept, out=place) for post, x, place in zip(self.post, fused, places, strict=True)]
-
-    def _fused(self, target: int, branches: list[Tensor], u: MDEQInjection, kept: "Kept | None") -> Tensor:
-        terms = []
-        for source, path in enumerate(self.fuse[target]):
-            x = branches[source]
-            for unit in path:
-                x = unit(x, u, kept)
-            if source != target:
-                terms.append(x)
-        value = fusion(branches[target], terms)
+        crossed = walk(
+            [branches[source] for _, source in self._paths],
+            [[unit.step() for unit in path] for path in self._paths.values()],
+            advance,
+        )
+        fused = [
+            fusion(
+                branch, [term for (target, _), term in zip(self._paths, crossed, strict=True) if target == i]
+            )
+            for i, branch in enumerate(branches)
+        ]
         if kept is not None:
-            kept.fused[target] = value
-        return value
+            kept.fused.extend(fused)
+        return walk(
+            fused, [[unit.step(out=out)] for unit, out in zip(self.post, places, strict=True)], advance
+        )
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, dropout={self.dropout}"
+
+
+class Step(NamedTuple):
+    """A GroupNorm, the convolution before it or none, and what surrounds the norm."""
+
+    unit: "ConvNorm | None"
+    norm: Any
+    around: dict[str, Any]
 
 
 class ConvNorm(nn.Module):
@@ -280,26 +303,24 @@ class ConvNorm(nn.Module):
         self.fuses = fuses
         self.place = 0
 
-    def forward(
-        self, x: Tensor, u: MDEQInjection, kept: "Kept | None", out: Tensor | None = None, **around: Any
-    ) -> Tensor:
-        product = functional.conv2d(x, u.weights[self.place], None, self.conv.stride, self.conv.padding)
-        return normalised(self.norm, product, kept, out=out, **{"relu": self.relu, **around})
+    def step(self, **around: Any) -> Step:
+        return Step(self, self.norm, {"relu": self.relu, **around})
 
-    def pull(self, vector: Tensor, u: MDEQInjection, kept: "Kept") -> tuple[Tensor, Tensor]:
-        """From the gradient in the value to those in x and in the residual."""
-        of_product, of_residual = groupnorm_vjp(vector, kept.norms[self.norm])
+    def product(self, x: Tensor, u: MDEQInjection) -> Tensor:
+        return functional.conv2d(x, u.weights[self.place], None, self.conv.stride, self.conv.padding)
+
+    def pull(self, vector: Tensor, u: MDEQInjection) -> Tensor:
+        """From the gradient in the product to that in x."""
         weight = u.weights[self.place]
         # An even size, halved, could have been that size less one too.
         more = 1 if self.conv.stride[0] == 2 else 0
-        of_x = functional.conv_transpose2d(
-            of_product.to(weight.dtype), weight, None, self.conv.stride, self.conv.padding, more
+        return functional.conv_transpose2d(
+            vector.to(weight.dtype), weight, None, self.conv.stride, self.conv.padding, more
         )
-        return of_x, of_residual
 
 
 class Block(nn.Module):
-    """`GN(relu(z + GN(m ⊙ conv(relu(GN(conv(z)))) + u)))`."""
+    """The layers of `GN(relu(z + GN(m ⊙ conv(relu(GN(conv(z)))) + u)))`."""
 
     def __init__(self, width: int, inner: int, groups: int):
         super().__init__()
@@ -307,24 +328,19 @@ class Block(nn.Module):
         self.second = ConvNorm(inner, width, 3, groups)
         self.norm = nn.GroupNorm(groups, width)
 
-    def forward(
+    def steps(
         self,
-        z: Tensor,
-        u: MDEQInjection,
-        mask: Tensor | None,
-        shift: Tensor | None,
-        kept: "Kept | None",
-        out: Tensor | None,
-    ) -> Tensor:
-        inner = self.first(z, u, kept)
-        total = self.second(inner, u, kept, mask=mask, shift=shift, residual=z, relu=True)
-        return normalised(self.norm, total, kept, out=out)
+        mask: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> list[Step]:
+        second = self.second.step(mask=mask, shift=shift, residual=residual, relu=True)
+        return [self.first.step(), second, Step(None, self.norm, {"out": out})]
 
-    def pull(self, vector: Tensor, u: MDEQInjection, kept: "Kept") -> tuple[Tensor, Tensor]:
-        """From the gradient in the value to two that add up to that in z."""
-        of_total, _ = groupnorm_vjp(vector, kept.norms[self.norm])
-        of_inner, of_residual = self.second.pull(of_total, u, kept)
-        return self.first.pull(of_inner, u, kept)[0], of_residual
+
+KINDS = (nn.Conv2d, nn.GroupNorm, ConvNorm, Block)
+"""What a cell consists of, and does not call."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +348,7 @@ class Kept:
     """What an evaluation leaves to its products: of each norm, and the value of each fusion, by target."""
 
     norms: dict[nn.Module, Normalised]
-    fused: dict[int, Tensor]
+    fused: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile hashes what it calls, before it has fields
@@ -355,28 +371,35 @@ class Pullback:
 
     def _parts(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of each resolution two tensors that add up to its gradient."""
-        cell, u, kept = self.cell, self.u, self.kept
+        cell, u = self.cell, self.u
+        of_residuals: dict[nn.Module, Tensor] = {}
+
+        def advance(steps: list[Step], vectors: list[Tensor]) -> list[Tensor]:
+            return backwards(steps, vectors, u, self.kept, of_residuals)
+
         of_branches = unpack(vector, u.scales)
         if len(of_branches) > 1:
-            of_branches = self._unfused(of_branches)
-        return [block.pull(each, u, kept) for block, each in zip(cell.blocks, of_branches, strict=True)]
+            of_fused = walk(of_branches, [[unit.step()] for unit in cell.post], advance)
+            of_branches, of_crossed = self._parted(of_fused)
+            of_fused.clear()
+            paths = [[unit.step() for unit in reversed(path)] for path in cell._paths.values()]
+            crossed = list(zip(cell._paths, walk(of_crossed, paths, advance), strict=True))
+            of_branches = [
+                fusion(base, [term for (_, source), term in crossed if source == i], relu=False)
+                for i, base in enumerate(of_branches)
+            ]
+        of_maps = walk(of_branches, [block.steps()[::-1] for block in cell.blocks], advance)
+        return [(of, of_residuals[block.second.norm]) for of, block in zip(of_maps, cell.blocks, strict=True)]
 
-    def _unfused(self, vectors: list[Tensor]) -> list[Tensor]:
-        """From the gradients in the next maps to those in what the blocks gave."""
-        cell, u, kept = self.cell, self.u, self.kept
-        direct: list[Tensor] = []
-        crossed: list[list[Tensor]] = [[] for _ in vectors]
+    def _parted(self, vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """From the gradients in the sums to those in each resolution's own term, and in what crossed."""
+        direct, crossed = [], []
         for target, vector in enumerate(vectors):
-            of_fused, _ = cell.post[target].pull(vector, u, kept)
-            sources = [source for source in range(len(vectors)) if source != target]
-            factors = [2 ** max(source - target, 0) for source in sources]
-            base, *terms = fusion_vjp(of_fused, kept.fused[target], factors)
+            factors = [2 ** max(source - target, 0) for source in range(len(vectors)) if source != target]
+            base, *terms = fusion_vjp(vector, self.kept.fused[target], factors)
             direct.append(base)
-            for source, term in zip(sources, terms, strict=True):
-                for unit in reversed(cell.fuse[target][source]):
-                    term, _ = unit.pull(term, u, kept)
-                crossed[source].append(term)
-        return [fusion(base, terms, relu=False) for base, terms in zip(direct, crossed, strict=True)]
+            crossed += terms
+        return direct, crossed
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,12 +419,63 @@ class Adjoint:
             torch.add(direct, skipped, out=place).add_(shift)
 
 
-def normalised(norm: Any, x: Tensor, kept: Kept | None, **around: Any) -> Tensor:
-    given = (x, norm.num_groups, norm.weight, norm.bias)
-    if kept is None:
-        return groupnorm(*given, epsilon=norm.eps, **around)
-    value, kept.norms[norm] = groupnorm_evaluated(*given, epsilon=norm.eps, **around)
-    return value
+def walk(
+    values: list[Tensor],
+    chains: Sequence[Sequence[Step]],
+    advance: Callable[[list[Step], list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """Take each value along its chain of steps, in the list that they are in.
+
+    Where kernels serve, all values take a step before one takes the next, and share launches. On a CPU each
+    goes to its end, while what a step has left is in the cache.
+    """
+    every = range(len(values))
+    at_once = kernels_serve(values[0], "auto", autocast=True)
+    for group in [every] if at_once else [[place] for place in every]:
+        for depth in range(max(len(chains[place]) for place in group)):
+            here = [place for place in group if depth < len(chains[place])]
+            found = advance([chains[place][depth] for place in here], [values[place] for place in here])
+            for place, value in zip(here, found, strict=True):
+                values[place] = value
+    return values
+
+
+def forwards(
+    steps: Sequence[Step], values: Sequence[Tensor], u: MDEQInjection, kept: Kept | None
+) -> list[Tensor]:
+    """The values of steps that do not wait for each other."""
+    maps = list(values)
+    for place in reversed(range(len(maps))):  # the first is the largest: it is still in the cache then
+        unit = steps[place].unit
+        if unit is not None:
+            maps[place] = unit.product(maps[place], u)
+    given = [
+        Map(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, **around)
+        for x, (_, norm, around) in zip(maps, steps, strict=True)
+    ]
+    found = groupnorm_each(given, statistics=kept is not None)
+    if kept is not None:
+        kept.norms.update((step.norm, held) for step, (_, held) in zip(steps, found, strict=True))
+    return [value for value, _ in found]
+
+
+def backwards(
+    steps: Sequence[Step],
+    vectors: Sequence[Tensor],
+    u: MDEQInjection,
+    kept: Kept,
+    of_residuals: dict[nn.Module, Tensor],
+) -> list[Tensor]:
+    """From the gradients in such values to those in what the steps took, and in the residuals by norm."""
+    held = [kept.norms[step.norm] for step in steps]
+    found = groupnorm_vjp_each(vectors, held)
+    for step, each, (_, of_residual) in zip(steps, held, found, strict=True):
+        if each.residual:
+            of_residuals[step.norm] = of_residual
+    return [
+        of_map if step.unit is None else step.unit.pull(of_map, u)
+        for step, (of_map, _) in zip(steps, found, strict=True)
+    ]
 
 
 def unpack(z: Tensor, scales: Sequence[Scale]) -> list[Tensor]:

@@ -165,10 +165,13 @@ def _warm_up(entry: Any, configuration: int, target: Target) -> Any:
 
     dtypes = {name: tl.dtype(name) for name in tl.dtype.SINT_TYPES + tl.dtype.UINT_TYPES + tl.dtype.FP_TYPES}
     dtypes.update({f"i{bits}": tl.dtype(f"int{bits}") for bits in (8, 16, 32, 64)})
-    arguments = {
-        name: MockTensor(dtypes[value.dtype]) if hasattr(value, "dtype") else value
-        for name, value in entry.arguments.items()
-    }
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(argument, value))
+        return MockTensor(dtypes[value.dtype]) if hasattr(value, "dtype") else value
+
+    arguments = {name: argument(value) for name, value in entry.arguments.items()}
     _, constants = configurations(entry.kernel)[configuration]
     kernel = entry.kernel if not constants else entry.kernel.fn
     driver.set_active(AbsentGPU(target))

@@ -171,7 +171,8 @@ def code_size(binary: bytes) -> int:
 def lines_of(function: Callable[..., Any], pointers: tuple[str, ...]) -> set[tuple[str, str, int]]:
     """("load" or "store", file, line) where `function` accesses one of these pointers with `tl`.
 
-    Device functions that it hands one of them to are read too.
+    Device functions that it hands one of them to are read too; what is unpacked in a call has there the name
+    that it is looked for by.
     """
     lines, first = inspect.getsourcelines(function)
     tree = ast.parse(textwrap.dedent("".join(lines)))
@@ -186,6 +187,8 @@ def lines_of(function: Callable[..., Any], pointers: tuple[str, ...]) -> set[tup
         handed = [
             name for name, given in zip(names, call.args, strict=False) if _names(given) & set(pointers)
         ]
+        if any(isinstance(given, ast.Starred) for given in call.args):
+            handed = [name for name in names if name in pointers]
         if handed:
             found |= lines_of(called, tuple(handed))
     return found

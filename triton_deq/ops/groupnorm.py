@@ -1,12 +1,15 @@
 """GroupNorm with what surrounds it in a multiscale DEQ, as an op, and its vector-Jacobian product.
 
+Maps that do not wait for each other, as those of several resolutions, go together: one launch serves a few.
+
 Inside torch.compile and in the transforms of torch.func the ordinary operators run: those know what to make
 of them. Autocast changes nothing: statistics are wide anyway, and the value has x's dtype.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +32,28 @@ from .launch import (
 TILE = 4096
 """Entries of a group that a program holds at once, and of each of five sums in the second derivatives."""
 SECOND_TILE = 2048
+MAPS = 4
+"""How many maps a launch takes at most: its code grows with each of them."""
+
+
+class Map(NamedTuple):
+    """What `groupnorm` takes of one map."""
+
+    x: Tensor
+    groups: int
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    mask: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+    epsilon: float = 1e-5
+    out: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """All that a gradient may be asked for in."""
+        return self.x, self.gain, self.offset, self.mask, self.shift, self.residual
 
 
 def groupnorm(
@@ -68,41 +93,39 @@ def groupnorm(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
-    given = (x, groups, gain, offset, mask, shift, residual, relu, epsilon, backend, out)
-    return groupnorm_evaluated(*given, statistics=False)[0]
+    given = Map(x, groups, gain, offset, mask, shift, residual, relu, epsilon, out)
+    return groupnorm_each([given], backend, statistics=False)[0][0]
 
 
-def groupnorm_evaluated(
-    x: Tensor,
-    groups: int,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    mask: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    epsilon: float = 1e-5,
-    backend: str = "auto",
-    out: Tensor | None = None,
-    statistics: bool = True,
-) -> tuple[Tensor, Normalised]:
-    """The value of `groupnorm`, and what `groupnorm_vjp` needs of it, without `statistics` less."""
-    _check(x, groups, gain, offset, mask, shift, residual, epsilon)
-    inputs = (x, gain, offset, mask, shift, residual)
-    served = kernels_serve(x, backend, autocast=True)
-    if not served and (transformed() or x.numel() == 0):
-        value, mean, inverse = reference.groupnorm(
-            x, groups, gain, offset, mask, shift, residual, relu, epsilon
-        )
-        value = value if out is None else out.copy_(value)
-    elif torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
-        value, mean, inverse = GroupNormFunction.apply(*inputs, groups, relu, epsilon, served)
-    elif served:
-        value, mean, inverse = groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out, statistics)
+def groupnorm_each(
+    maps: Sequence[Map], backend: str = "auto", statistics: bool = True
+) -> list[tuple[Tensor, Normalised]]:
+    """The value of `groupnorm` for each map, and what `groupnorm_vjp` needs of it, without `statistics` less.
+
+    Maps of one batch of which nobody asks for gradients share launches.
+    """
+    for given in maps:
+        _check(given)
+    served = [kernels_serve(given.x, backend, autocast=True) for given in maps]
+    if all(served) and _together((given.x for given in maps), (given.inputs for given in maps)):
+        found = groupnorm_fwd(maps, statistics)
     else:
-        value, mean, inverse = reference.groupnorm_fwd(x, groups, *inputs[1:], relu, epsilon, out)
-    passed = value if relu else None
-    return value, Normalised(x, gain, mask, shift, mean, inverse, passed, residual is not None)
+        found = [_evaluated(given, does, statistics) for given, does in zip(maps, served, strict=True)]
+    return [
+        (value, Normalised(*held, mean, inverse, value if given.relu else None, given.residual is not None))
+        for given, (value, mean, inverse) in zip(maps, found, strict=True)
+        for held in [(given.x, given.gain, given.mask, given.shift)]
+    ]
+
+
+def _evaluated(given: Map, served: bool, statistics: bool) -> tuple[Tensor, Any, Any]:
+    """Value, μ and 1/σ of one map."""
+    if not served and (transformed() or given.x.numel() == 0):
+        value, mean, inverse = reference.groupnorm(*given[:9])
+        return (value if given.out is None else given.out.copy_(value)), mean, inverse
+    if _differentiated(given.inputs):
+        return GroupNormFunction.apply(*given.inputs, given.groups, given.relu, given.epsilon, served)
+    return groupnorm_fwd([given], statistics)[0] if served else reference.groupnorm_fwd(*given)
 
 
 def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -122,39 +145,108 @@ def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tu
     Raises:
         ValueError: a vector of another shape.
     """
-    if vector.shape != held.x.shape:
-        raise ValueError(
-            f"vector has shape {tuple(vector.shape)}, the value has {tuple(held.x.shape)}: give a vector of "
-            "that shape"
-        )
-    served = kernels_serve(vector, backend, autocast=True)
+    return groupnorm_vjp_each([vector], [held], backend)[0]
+
+
+def groupnorm_vjp_each(
+    vectors: Sequence[Tensor], held: Sequence[Normalised], backend: str = "auto"
+) -> list[tuple[Tensor, Tensor]]:
+    """`groupnorm_vjp` for each map, in shared launches like those of `groupnorm_each`."""
+    pairs = list(zip(vectors, held, strict=True))
+    for vector, of in pairs:
+        if vector.shape != of.x.shape:
+            raise ValueError(
+                f"vector has shape {tuple(vector.shape)}, the value has {tuple(of.x.shape)}: give a vector "
+                "of that shape"
+            )
+    served = [kernels_serve(vector, backend, autocast=True) for vector in vectors]
+    if all(served) and _together((of.x for of in held), ((vector, *of[:4]) for vector, of in pairs)):
+        return [(found.x, found.other) for found in groupnorm_vjp_fwd(vectors, held)]
+    return [_pulled(*pair, does) for pair, does in zip(pairs, served, strict=True)]
+
+
+def _pulled(vector: Tensor, held: Normalised, served: bool) -> tuple[Tensor, Tensor]:
+    """The product of one map."""
     if not served and (transformed() or vector.numel() == 0):
         return reference.groupnorm_vjp(vector, held)
-    inputs = (vector, *held[:4])
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
+    if _differentiated((vector, *held[:4])):
         return GroupNormVJPFunction.apply(vector, *held, served)
-    make = groupnorm_vjp_fwd if served else reference.groupnorm_vjp_fwd
-    found = make(vector, held)
+    found = _vjp_of(served, vector, held)
     return found.x, found.other
+
+
+def _vjp_of(served: bool, vector: Tensor, held: Normalised, parameters: bool = False) -> Gradients:
+    if served:
+        return groupnorm_vjp_fwd([vector], [held], parameters)[0]
+    return reference.groupnorm_vjp_fwd(vector, held, parameters)
+
+
+def _together(maps: Iterable[Tensor], inputs: Iterable[tuple[Tensor | None, ...]]) -> bool:
+    """Whether maps can share a launch, and nobody asks for a gradient."""
+    alike = {(len(x), x.device) for x in maps}
+    return len(alike) == 1 and not any(map(_differentiated, inputs))
+
+
+def _differentiated(inputs: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
 # ------------------------------------------------------------------------------------------- the launches
 
 
-def groupnorm_fwd(
-    x: Tensor,
-    groups: int,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    epsilon: float,
-    out: Tensor | None = None,
-    statistics: bool = True,
-) -> tuple[Tensor, Any, Any]:
-    """As `reference.groupnorm_fwd`, by the kernel; without `statistics` the value alone."""
+def groupnorm_fwd(maps: Sequence[Map], statistics: bool = True) -> list[tuple[Tensor, Any, Any]]:
+    """`reference.groupnorm_fwd` of each map, by the kernel; without `statistics` the value alone."""
+    found = _launched(_kernels().groupnorm_kernel, [_forward(given, statistics) for given in maps])
+    return [
+        (value if given.out is None or value is given.out else given.out.copy_(value), mean, inverse)
+        for given, (value, mean, inverse) in zip(maps, found, strict=True)
+    ]
+
+
+def groupnorm_vjp_fwd(
+    vectors: Sequence[Tensor], held: Sequence[Normalised], parameters: bool = False
+) -> list[Gradients]:
+    """`reference.groupnorm_vjp_fwd` of each map, by the kernel."""
+    parts = [_backward(vector, of, parameters) for vector, of in zip(vectors, held, strict=True)]
+    found = []
+    for vector, of, (gradients, sums) in zip(
+        vectors, held, _launched(_kernels().groupnorm_vjp_kernel, parts), strict=True
+    ):
+        if parameters:
+            of_offset, of_gain = sums.sum(0).to(vector.dtype if of.gain is None else of.gain.dtype)
+            gradients = gradients._replace(gain=of_gain, offset=of_offset)
+        found.append(gradients)
+    return found
+
+
+class Part(NamedTuple):
+    """One map's part of a launch: what the kernel gets of it, and what comes of it."""
+
+    operands: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    programs: int
+    warps: int
+    result: Any
+
+
+def _launched(kernel: Any, parts: list[Part]) -> Iterator[Any]:
+    """What comes of all parts, launched in order of size, so that few wait for one that is much larger."""
+    ordered = sorted(parts, key=lambda part: -part.operands[0].numel())
+    for start in range(0, len(parts), MAPS):
+        chosen = ordered[start : start + MAPS]
+        launch(
+            kernel,
+            (sum(part.programs for part in chosen),),
+            tuple(part.operands for part in chosen),
+            len(chosen[0].operands[0]),
+            CONSTANTS=tuple(part.constants for part in chosen),
+            num_warps=max(part.warps for part in chosen),
+        )
+    return (part.result for part in parts)
+
+
+def _forward(given: Map, statistics: bool) -> Part:
+    x, groups, gain, offset, mask, shift, residual, relu, epsilon, out = given
     x, residual = laid(x), None if residual is None else laid(residual)
     shift = None if shift is None else laid(shift)
     value = out if out is not None and laid(out) is out else fresh(x)
@@ -162,10 +254,7 @@ def groupnorm_fwd(
     if statistics:
         wide = accumulate_dtype(x.dtype)
         mean, inverse = (x.new_empty(x.shape[0], groups, dtype=wide) for _ in range(2))
-    grid, constants = _tiles(x.shape, x.dtype, groups, TILE)
-    launch(
-        _kernels().groupnorm_kernel,
-        grid,
+    operands = (
         x,
         x if mask is None else mask.contiguous(),
         x if shift is None else shift,
@@ -176,20 +265,14 @@ def groupnorm_fwd(
         x if mean is None else mean,
         x if inverse is None else inverse,
         *(sample_stride(x if each is None else each) for each in (x, shift, residual, value)),
-        MASK=mask is not None,
-        SHIFT=shift is not None,
-        GAIN=gain is not None,
-        RESIDUAL=residual is not None,
-        RELU=relu,
-        STATISTICS=statistics,
-        EPSILON=float(epsilon),
-        **constants,
     )
-    return value if out is None or value is out else out.copy_(value), mean, inverse
+    there = (each is not None for each in (mask, shift, gain, residual))
+    tiles = _tiles(x.shape, x.dtype, groups, TILE)
+    constants = (*tiles.sizes, *there, relu, statistics, float(epsilon), *tiles.tile)
+    return Part(operands, constants, tiles.programs, tiles.warps, (value, mean, inverse))
 
 
-def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False) -> Gradients:
-    """As `reference.groupnorm_vjp_fwd`, by the kernel."""
+def _backward(vector: Tensor, held: Normalised, parameters: bool) -> Part:
     x, gain, mask, shift, mean, inverse, value, residual = held
     vector, x = laid(vector), laid(x)
     shift, value = (None if each is None else laid(each) for each in (shift, value))
@@ -198,10 +281,7 @@ def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False
     masked = value is not None and residual
     v = fresh(vector) if masked else vector
     sums = mean.new_empty(len(x), 2, x.shape[1]) if parameters else mean
-    grid, constants = _tiles(x.shape, x.dtype, mean.shape[1], TILE)
-    launch(
-        _kernels().groupnorm_vjp_kernel,
-        grid,
+    operands = (
         vector,
         x,
         x if mask is None else mask.contiguous(),
@@ -215,19 +295,12 @@ def groupnorm_vjp_fwd(vector: Tensor, held: Normalised, parameters: bool = False
         v,
         sums,
         *(sample_stride(x if each is None else each) for each in (vector, x, shift, value)),
-        MASK=mask is not None,
-        SHIFT=shift is not None,
-        GAIN=gain is not None,
-        RELU=value is not None,
-        SUM=mask is not None,
-        OTHER=masked,
-        PARAMETERS=parameters,
-        **constants,
     )
-    of_gain = of_offset = None
-    if parameters:
-        of_offset, of_gain = sums.sum(0).to(vector.dtype if gain is None else gain.dtype)
-    return Gradients(of_x, of_sum, v, of_gain, of_offset)
+    there = (each is not None for each in (mask, shift, gain, value, mask))  # SUM for a mask, too
+    tiles = _tiles(x.shape, x.dtype, mean.shape[1], TILE)
+    constants = (*tiles.sizes, *there, masked, parameters, *tiles.tile)
+    gradients = Gradients(of_x, of_sum, v, None, None)
+    return Part(operands, constants, tiles.programs, tiles.warps, (gradients, sums))
 
 
 def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, held: Normalised) -> Gradients:
@@ -238,10 +311,10 @@ def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, h
     of_x, of_vector = fresh(x), fresh(vector)
     of_sum = of_x if mask is None else fresh(x)
     sums = mean if gain is None else mean.new_empty(len(x), x.shape[1])
-    grid, constants = _tiles(x.shape, x.dtype, mean.shape[1], SECOND_TILE)
+    tiles = _tiles(x.shape, x.dtype, mean.shape[1], SECOND_TILE)
     launch(
         _kernels().groupnorm_second_kernel,
-        grid,
+        (tiles.programs,),
         along,
         x if beside is None else beside,
         vector,
@@ -263,7 +336,9 @@ def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, h
         GAIN=gain is not None,
         RELU=value is not None,
         SUM=mask is not None,
-        **constants,
+        **dict(zip(("P", "C", "G"), tiles.sizes, strict=True)),
+        **dict(zip(("WIDE", "ROWS", "BLOCK"), tiles.tile, strict=True)),
+        num_warps=tiles.warps,
     )
     of_gain = None if gain is None else sums.sum(0).to(gain.dtype)
     return Gradients(of_x, of_sum, of_vector, of_gain, None)
@@ -286,8 +361,8 @@ class GroupNormFunction(torch.autograd.Function):
         epsilon: float,
         served: bool,
     ):
-        make = groupnorm_fwd if served else reference.groupnorm_fwd
-        value, mean, inverse = make(x, groups, gain, offset, mask, shift, residual, relu, epsilon)
+        given = Map(x, groups, gain, offset, mask, shift, residual, relu, epsilon)
+        value, mean, inverse = groupnorm_fwd([given])[0] if served else reference.groupnorm_fwd(*given)
         ctx.save_for_backward(x, gain, mask, shift, mean, inverse, value if relu else None, offset)
         ctx.served, ctx.epsilon = served, epsilon
         ctx.mark_non_differentiable(mean, inverse)
@@ -301,8 +376,7 @@ class GroupNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             found = _by_operators(grad, held, offset, ctx.epsilon)
         else:
-            make = groupnorm_vjp_fwd if ctx.served else reference.groupnorm_vjp_fwd
-            found = make(grad, held, of_gain or of_offset)
+            found = _vjp_of(ctx.served, grad, held, of_gain or of_offset)
         return (
             found.x if of_x else None,
             found.gain if of_gain else None,
@@ -331,10 +405,9 @@ class GroupNormVJPFunction(torch.autograd.Function):
         residual: bool,
         served: bool,
     ):
-        make = groupnorm_vjp_fwd if served else reference.groupnorm_vjp_fwd
         ctx.served = served
         ctx.set_materialize_grads(False)
-        found = make(vector, Normalised(x, gain, mask, shift, mean, inverse, value, residual))
+        found = _vjp_of(served, vector, Normalised(x, gain, mask, shift, mean, inverse, value, residual))
         # PyTorch's operators have no sums to begin from in the backward pass, but the product in s.
         of_sum = None if served else found.shift
         ctx.save_for_backward(vector, of_sum, x, gain, mask, shift, mean, inverse, value)
@@ -405,36 +478,31 @@ def _gradients(value: Tensor, given: tuple[Any, ...], vector: Tensor | None) -> 
 # ------------------------------------------------------------------------------------ shapes and their checks
 
 
+class Tiles(NamedTuple):
+    """A program a group, which it reads in tiles: sizes are P, C and G, tile is WIDE, ROWS and BLOCK."""
+
+    sizes: tuple[int, int, int]
+    tile: tuple[Any, int, int]
+    programs: int
+    warps: int
+
+
 @lru_cache(maxsize=1024)
-def _tiles(
-    shape: torch.Size, dtype: torch.dtype, groups: int, most: int
-) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the launch's constants: a program a group, which it reads in tiles of `most` entries."""
+def _tiles(shape: torch.Size, dtype: torch.dtype, groups: int, most: int) -> Tiles:
+    """Tiles of `most` entries."""
     batch, channels, height, width = shape
     block = next_power_of_2(channels // groups)
     rows = min(max(most // block, 1), next_power_of_2(height * width))
-    constants = {
-        "P": height * width,
-        "C": channels,
-        "G": groups,
-        "WIDE": wide_dtype(dtype),
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": min(max(rows * block // 512, 1), 8),
-    }
-    return (batch * groups,), constants
+    return Tiles(
+        sizes=(height * width, channels, groups),
+        tile=(wide_dtype(dtype), rows, block),
+        programs=batch * groups,
+        warps=min(max(rows * block // 512, 1), 8),
+    )
 
 
-def _check(
-    x: Tensor,
-    groups: int,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    epsilon: float,
-) -> None:
+def _check(given: Map) -> None:
+    x, groups, gain, offset, mask, shift, residual, _, epsilon, _ = given
     check_number("epsilon", epsilon, 0, open_low=True)
     check_count("groups", groups)
     if not x.is_floating_point():
@@ -447,8 +515,8 @@ def _check(
             f"x has {channels} channels, which groups={groups} does not divide: give a divisor of {channels}"
         )
     if (gain is None) != (offset is None):
-        given, missing = ("gain", "offset") if offset is None else ("offset", "gain")
-        raise ValueError(f"{given} was given and {missing}=None: give both, or neither")
+        there, missing = ("gain", "offset") if offset is None else ("offset", "gain")
+        raise ValueError(f"{there} was given and {missing}=None: give both, or neither")
     wanted = (
         ("gain", gain, (channels,)),
         ("offset", offset, (channels,)),

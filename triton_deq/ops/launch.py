@@ -1,6 +1,6 @@
 """What every launch has in common: the device, the compiler's options, the cut of a row into parts."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -31,12 +31,14 @@ Again = Callable[[], None]
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Again:
     """Run `kernel[grid]` on the device of the first tensor among `args`, the kernel's first parameters.
 
+    Tensors and numbers may stand in tuples, as Triton has them.
+
     Triton's own way to a kernel that it has compiled takes longer than a dozen of PyTorch's operators, and a
     step of a solver is two launches: so a kernel is remembered here, and the next time launched directly.
 
     `enable_fp_fusion` is said here for all kernels: Triton's default for it changes between versions.
     """
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    device = next(tensors_of(args)).device
     if device.type != "cuda":
         again = partial(_interpret, kernel, grid, args, constants)
         again()
@@ -44,6 +46,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     with _on(device.index):
         bound = _launch_known(kernel, grid, device.index, args, constants)
     return partial(_repeat, device.index, bound)
+
+
+def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a launch's arguments, in their order."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from tensors_of(arg)
 
 
 def launch_at(

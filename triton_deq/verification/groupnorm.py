@@ -16,7 +16,10 @@ LEAST = 8
 
 
 def check_groupnorm(case: Case) -> Iterator[Row]:
-    """Value, gradients and their derivatives, with all that surrounds the norm; maps lie apart."""
+    """Value, gradients and their derivatives, with all that surrounds the norm; maps lie apart.
+
+    The first two with another map, of another size, in the same launches.
+    """
     from ..ops import groupnorm as op
 
     batch, pixels, channels = _sizes(case)
@@ -26,9 +29,12 @@ def check_groupnorm(case: Case) -> Iterator[Row]:
     gain, offset = (case.randn(channels, stream=stream) for stream in (6, 7))
     mask = case.randn(batch, channels, stream=8).abs()
     out = torch.full_like(x, torch.nan)
-    value, mean, inverse = op.groupnorm_fwd(x, GROUPS, gain, offset, mask, shift, residual, True, 1e-5, out)
+    given = op.Map(x, GROUPS, gain, offset, mask, shift, residual, True, 1e-5, out)
+    beside_x, beside_vector = (_maps(case, batch, 2 * LEAST, 3 * GROUPS, stream) for stream in (9, 10))
+    (value, mean, inverse), second_map = op.groupnorm_fwd([given, op.Map(beside_x, GROUPS)])
     held = Normalised(x, gain, mask, shift, mean, inverse, value)
-    product = op.groupnorm_vjp_fwd(vector, held, True)
+    beside_held = Normalised(beside_x, None, None, None, *second_map[1:], None)
+    product, beside_product = op.groupnorm_vjp_fwd([vector, beside_vector], [held, beside_held], True)
     second = op.groupnorm_second_fwd(along, beside, vector, held)
 
     # The relu lets through what it did: near zero rounding decides.
@@ -52,6 +58,13 @@ def check_groupnorm(case: Case) -> Iterator[Row]:
     for quantity, out_of, gradient in zip(names, product, gradients, strict=True):
         assert out_of is not None
         yield row(case, "groupnorm", "groupnorm_vjp", quantity, relative_error(out_of, gradient.detach()))
+
+    wide = beside_x.double().requires_grad_()
+    expected = reference.groupnorm(wide, GROUPS)[0]
+    (gradient,) = torch.autograd.grad(expected, wide, beside_vector.double())
+    found_value, found_product = second_map[0], beside_product.x
+    yield row(case, "groupnorm", "groupnorm", "beside", relative_error(found_value, expected.detach()))
+    yield row(case, "groupnorm", "groupnorm_vjp", "beside", relative_error(found_product, gradient))
 
     total = (gradients[0] * along.double()).sum() + (gradients[2] * beside.double()).sum()
     derivatives = torch.autograd.grad(total, (wide_x, wide_shift, wide_vector, wide_gain))

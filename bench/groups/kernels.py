@@ -110,6 +110,7 @@ def cases(setting: Setting) -> Iterator[Case]:
 
     between = (
         ("groupnorm", maps.groupnorm, maps.groupnorm_torch),
+        ("groupnorm_each", maps.groupnorm_each, maps.groupnorm_each_torch),
         ("groupnorm_vjp", maps.groupnorm_vjp, maps.groupnorm_vjp_torch),
         ("groupnorm_second", maps.groupnorm_second, maps.groupnorm_second_torch),
         ("fusion", maps.fusion, maps.fusion_torch),
@@ -119,7 +120,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         for size in (maps.GPU_SIZES if setting.gpu else maps.SIZES)[setting.scale]:
             for dtype in dtypes:
                 # What goes through the autograd engine is neither compiled nor captured.
-                single = kernel in ("groupnorm", "fusion", "fusion_vjp")
+                single = kernel in ("groupnorm", "groupnorm_each", "fusion", "fusion_vjp")
                 variants = _variants(setting, size, dtype, make, {"torch": peer}, single=single)
                 work = maps.work(kernel, size, dtype)
                 yield Case(GROUP, kernel, "forward", dtype, size, tuple(variants), work=work)
@@ -633,6 +634,7 @@ CALLS: dict[str, Callable[..., Call]] = {
     "feedforward_vjp": _feedforward_vjp,
     **{name: partial(_attention, name) for name in ATTENTION},
     "groupnorm": maps.groupnorm,
+    "groupnorm_each": maps.groupnorm_each,
     "groupnorm_vjp": maps.groupnorm_vjp,
     "fusion": maps.fusion,
     "fusion_vjp": maps.fusion_vjp,

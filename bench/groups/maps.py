@@ -16,8 +16,16 @@ GROUPS = 8
 FACTORS = (1, 2, 4)
 """How many times smaller the terms of a sum are."""
 SMALLER = sum(1 / factor**2 for factor in FACTORS)
-MAPS = {"groupnorm": 2.0, "groupnorm_vjp": 4.0, "fusion": 2 + SMALLER, "fusion_vjp": 2 + SMALLER}
-"""The least that each moves, in maps of the size of its value."""
+RESOLUTIONS = 4
+"""Maps of a multiscale state that are normalised together: each half as high, with twice as many channels."""
+MAPS = {
+    "groupnorm": 2.0,
+    "groupnorm_each": 2 * sum(1 / 2**place for place in range(RESOLUTIONS)),
+    "groupnorm_vjp": 4.0,
+    "fusion": 2 + SMALLER,
+    "fusion_vjp": 2 + SMALLER,
+}
+"""The least that each moves, in maps of the size of its value, or of the largest."""
 
 SIZES: dict[str, list[tuple[int, int, int]]] = {
     "tiny": [(1, 4, 8)],
@@ -53,6 +61,25 @@ def groupnorm(randn: Draw, batch: int, side: int, channels: int, backend: str) -
 def groupnorm_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
     x, gain = _maps(randn, batch, side, channels), randn(channels)
     return lambda: functional.relu(functional.group_norm(x, GROUPS, gain, gain))
+
+
+def groupnorm_each(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:
+    """The same for all resolutions."""
+    given = [
+        norms.Map(x, GROUPS, gain, gain, relu=True) for x, gain in _pyramid(randn, batch, side, channels)
+    ]
+    return lambda: norms.groupnorm_each(given, backend, statistics=False)
+
+
+def groupnorm_each_torch(randn: Draw, batch: int, side: int, channels: int) -> Call:
+    pairs = _pyramid(randn, batch, side, channels)
+    return lambda: [functional.relu(functional.group_norm(x, GROUPS, gain, gain)) for x, gain in pairs]
+
+
+def _pyramid(randn: Draw, batch: int, side: int, channels: int) -> list[tuple[Tensor, Tensor]]:
+    """Maps of all resolutions, and a gain for each; none is smaller than a pixel."""
+    sizes = [(max(side >> place, 1), channels << place) for place in range(RESOLUTIONS)]
+    return [(_maps(randn, batch, *size), randn(size[1])) for size in sizes]
 
 
 def groupnorm_vjp(randn: Draw, batch: int, side: int, channels: int, backend: str) -> Call:

@@ -79,6 +79,10 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
             yield op, half, size, _tile_choices(tiles)
         for op in ("fusion", "fusion_vjp"):
             yield op, half, size, _tile_choices([(1024, 2), (1024, 4), (2048, 8), (4096, 4), (4096, 8)])
+    for size in ((96, 32, 32), (32, 56, 32)):
+        launches = [Choice(f"maps={most}", values={"MAPS": most}) for most in (1, 2)]
+        warps = [Choice(f"num_warps={warps}", {"num_warps": warps}) for warps in (4, 16)]
+        yield "groupnorm_each", half, size, launches + warps
     for dtype in (half, full):
         for op in kernels.ATTENTION:
             yield op, dtype, (14, 150), _attention_choices(dtype)

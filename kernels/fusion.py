@@ -1,7 +1,8 @@
 """The multiscale sum and its product: maps of several resolutions are read once each.
 
-Maps are channels-last: a sample is a matrix [H·W, C], dense but for base and vector, whose samples lie a
-stride apart. The formulas stand in triton_deq/reference/fusion.py.
+Maps are channels-last: a sample is a matrix [H·W, C], dense but for base, vector and out, whose samples lie a
+stride apart. The formulas stand in triton_deq/reference/fusion.py. Programs are dealt out to several sums in
+their order.
 """
 
 import triton
@@ -30,14 +31,41 @@ def add_term(
     return total
 
 
-@triton.jit(do_not_specialize=["H", "W"])
-def fusion_kernel(
+@triton.jit(do_not_specialize=["programs"])
+def fusion_kernel(sums, programs, CONSTANTS: tl.constexpr):
+    """`add_up` for every tile of every sample of every sum.
+
+    sums, CONSTANTS: for each the arguments of `add_up` after `program`, up to the compile-time ones, and
+    those.    programs: how many each gets
+    """
+    first = 0
+    for k in tl.static_range(len(CONSTANTS)):
+        program = tl.program_id(0) - first
+        if program >= 0 and program < programs[k]:
+            add_up(program, *sums[k], *CONSTANTS[k])
+        first += programs[k]
+
+
+@triton.jit
+def tile_of(program, pixels, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sample, and the pixels and channels, of a program's tile."""
+    across = tl.cdiv(C, BLOCK)
+    tiles = tl.cdiv(pixels, ROWS) * across
+    tile = program % tiles
+    rows = tile // across * ROWS + tl.arange(0, ROWS)
+    return (program // tiles).to(tl.int64), rows, tile % across * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def add_up(
+    program,
     base_ptr,
     first_ptr,
     second_ptr,
     third_ptr,
     out_ptr,
     base_stride,
+    out_stride,
     H,
     W,
     C: tl.constexpr,
@@ -51,12 +79,10 @@ def fusion_kernel(
 ):
     """`relu(base + Σ up(t))` with up to three terms; K is how often each pixel is repeated, 0 for no term.
 
-    base: [B, H·W, C], samples base_stride apart    first, second, third: [B, (H/K)·(W/K), C], dense
-    out: [B, H·W, C], dense
+    base, out: [B, H·W, C], samples a stride of their own apart    first, second, third: [B, (H/K)·(W/K), C],
+    dense
     """
-    sample = tl.program_id(2).to(tl.int64)
-    pixels = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sample, pixels, channels = tile_of(program, H * W, C, ROWS, BLOCK)
     inside = (pixels < H * W)[:, None] & (channels < C)[None, :]
     offsets = pixels[:, None] * C + channels[None, :]
     total = tl.load(base_ptr + sample * base_stride + offsets, mask=inside, other=0).to(WIDE)
@@ -65,11 +91,23 @@ def fusion_kernel(
     total = add_term(total, third_ptr, sample, pixels, channels, inside, H, W, C, K3, WIDE)
     if RELU:
         total = tl.where(total < 0, 0, total)  # NaN stays
-    tl.store(out_ptr + sample * (H * W * C) + offsets, total, mask=inside)
+    tl.store(out_ptr + sample * out_stride + offsets, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "W"])
-def fusion_vjp_kernel(
+@triton.jit(do_not_specialize=["programs"])
+def fusion_vjp_kernel(pools, programs, CONSTANTS: tl.constexpr):
+    """`pool` for every tile of every sample of every map; arguments as of `fusion_kernel`."""
+    first = 0
+    for k in tl.static_range(len(CONSTANTS)):
+        program = tl.program_id(0) - first
+        if program >= 0 and program < programs[k]:
+            pool(program, *pools[k], *CONSTANTS[k])
+        first += programs[k]
+
+
+@triton.jit
+def pool(
+    program,
     vector_ptr,
     value_ptr,
     v_ptr,
@@ -90,9 +128,7 @@ def fusion_vjp_kernel(
     vector: [B, H·W, C], samples vector_stride apart    value, v: the same, dense; v with WRITE
     pooled: [B, (H/K)·(W/K), C], dense; with K > 1
     """
-    sample = tl.program_id(2).to(tl.int64)
-    coarse = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sample, coarse, channels = tile_of(program, (H // K) * (W // K), C, ROWS, BLOCK)
     inside = (coarse < (H // K) * (W // K))[:, None] & (channels < C)[None, :]
     corner = coarse // (W // K) * K * W + coarse % (W // K) * K
     total = tl.zeros([ROWS, BLOCK], dtype=WIDE)

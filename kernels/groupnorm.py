@@ -53,20 +53,19 @@ def passed(vector_ptr, value_ptr, offsets, inside, RELU: tl.constexpr, WIDE: tl.
     return vector
 
 
-@triton.jit
-def groupnorm_kernel(maps, batch, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["programs"])
+def groupnorm_kernel(maps, programs, CONSTANTS: tl.constexpr):
     """`normalise` for every group of every sample of every map.
 
     maps, CONSTANTS: for each map the arguments of `normalise` after `program`, up to the compile-time ones,
-    and those.    batch: of all maps
+    and those.    programs: how many each gets
     """
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
-        programs = batch * CONSTANTS[k][2]  # G a sample
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs:
+        if program >= 0 and program < programs[k]:
             normalise(program, *maps[k], *CONSTANTS[k])
-        first += programs
+        first += programs[k]
 
 
 @triton.jit
@@ -151,16 +150,15 @@ def normalise(
         tl.store(out_ptr + sample * out_stride + offsets, value, mask=inside)
 
 
-@triton.jit
-def groupnorm_vjp_kernel(maps, batch, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["programs"])
+def groupnorm_vjp_kernel(maps, programs, CONSTANTS: tl.constexpr):
     """`pull` for every group of every sample of every map; arguments as of `groupnorm_kernel`."""
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
-        programs = batch * CONSTANTS[k][2]
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs:
+        if program >= 0 and program < programs[k]:
             pull(program, *maps[k], *CONSTANTS[k])
-        first += programs
+        first += programs[k]
 
 
 @triton.jit

@@ -269,17 +269,26 @@ def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
 def call_fusion(entry: Entry, state: torch.Tensor) -> None:
     from triton_deq.ops import fusion
 
+    def map_of(channels: int, height: int, width: int) -> torch.Tensor:
+        return state.new_zeros(len(state), height, width, channels).permute(0, 3, 1, 2)
+
     values = entry.arguments
-    base = state.view(len(state), values["H"], values["W"], values["C"]).permute(0, 3, 1, 2)
-    if "K" in values:
-        fusion.fusion_vjp_fwd(base, base, [values["K"]])
+    if "pools" in values:
+        maps, factors = [], []
+        for (*_, height, width), (channels, factor, *_) in zip(
+            values["pools"], values["CONSTANTS"], strict=True
+        ):
+            maps.append(map_of(channels, height, width))
+            factors.append([factor])
+        fusion.fusion_vjp_fwd(maps, maps, factors)
         return
-    terms = [
-        state.new_zeros(len(state), values["C"], values["H"] // factor, values["W"] // factor)
-        for factor in (values["K1"], values["K2"], values["K3"])
-        if factor
-    ]
-    fusion.fusion_fwd(base, terms, values["RELU"])
+    sums = []
+    for (*_, height, width), (channels, *factors, relu, _, _, _) in zip(
+        values["sums"], values["CONSTANTS"], strict=True
+    ):
+        terms = [map_of(channels, height // factor, width // factor) for factor in factors if factor]
+        sums.append(fusion.Sum(map_of(channels, height, width), terms, relu))
+    fusion.fusion_fwd(sums)
 
 
 def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from triton_deq.ops.launch import launch, partition, precision
+from triton_deq.ops.launch import launch, partition, precision, shared
 from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Variant, ours
@@ -80,7 +80,9 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
         for op in ("fusion", "fusion_vjp"):
             yield op, half, size, _tile_choices([(1024, 2), (1024, 4), (2048, 8), (4096, 4), (4096, 8)])
     for size in ((96, 32, 32), (32, 56, 32)):
-        launches = [Choice(f"maps={most}", values={"MAPS": most}) for most in (1, 2)]
+        launches = [
+            Choice(f"sharing={most}", values={"shared": partial(shared, most=most)}) for most in (1, 2)
+        ]
         warps = [Choice(f"num_warps={warps}", {"num_warps": warps}) for warps in (4, 16)]
         yield "groupnorm_each", half, size, launches + warps
     for dtype in (half, full):

@@ -40,7 +40,7 @@ def _entry(
         bulk = parts[0][0]
         arguments = {
             "maps": tuple(operands for _, operands, _, _ in parts),
-            "batch": batch,
+            "programs": (batch * groups,) * len(maps),
             "CONSTANTS": tuple(constants for _, _, constants, _ in parts),
         }
         warps = max(warps for *_, warps in parts)

@@ -51,6 +51,67 @@ def test_value_and_gradients(terms, relu, backend, device):
         torch.testing.assert_close(op.fusion(given[0], given[1:], relu, backend), value)
 
 
+def several(device):
+    """Sums of several sizes, with more and with fewer terms, the last into a place of another dtype."""
+    given = []
+    for channels, side, count in ((2, 8, 4), (5, 4, 1), (3, 8, 2), (1, 4, 3), (4, 4, 0)):
+        base, *terms = (each.detach() for each in tensors(channels, side, side, device=device))
+        given.append(op.Sum(base, terms[:count], relu=count != 1))
+    base, term = (
+        torch.randn(2, 3, 4, 4, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64)
+    )
+    packed = torch.full((2, 60), math.nan, dtype=torch.float64, device=device)
+    place = packed[:, 4:52].unflatten(1, (4, 4, 3)).permute(0, 3, 1, 2)
+    return [*given, op.Sum(base, [term], False, place)], packed
+
+
+@kernels
+def test_sums_that_share_launches_are_as_each_alone(monkeypatch, device):
+    """And so are their products; a launch takes three terms of four sums."""
+    launched, real = [], op.launch
+
+    def launch(kernel, grid, parts, programs, **constants):
+        launched.append((kernel.fn.__name__, [part[0].numel() for part in parts]))
+        return real(kernel, grid, parts, programs, **constants)
+
+    monkeypatch.setattr(op, "launch", launch)
+    given, packed = several(device)
+    values = op.fusion_each(given, "triton")
+    assert launched == [("fusion_kernel", sizes) for sizes in ([384, 256, 160, 128], [96, 32], [256])]
+    assert packed[:, 4:52].isfinite().all()
+    assert packed.isnan().sum() == 2 * 12
+    for each, value in zip(given, values, strict=True):
+        wanted = reference.fusion(each.base.double(), each.terms, each.relu)
+        torch.testing.assert_close(value, wanted)
+
+    launched.clear()
+    factors = [
+        [8 // term.shape[2] if each.base.shape[2] == 8 else 4 // term.shape[2] for term in each.terms]
+        for each in given[:5]
+    ]
+    vectors = [torch.randn_like(each.base) for each in given[:5]]
+    masks = [value if each.relu else None for each, value in zip(given[:5], values, strict=False)]
+    found = op.fusion_vjp_each(vectors, masks, factors, "triton")
+    assert [name for name, _ in launched] == ["fusion_vjp_kernel"] * 2
+    for vector, mask, each, product in zip(vectors, masks, factors, found, strict=True):
+        torch.testing.assert_close(product, reference.fusion_vjp(vector, mask, each))
+
+
+def test_sums_of_other_kinds_side_by_side(backend, device):
+    """A place for the value, on the reference's way too; one with a gradient; none in the batch."""
+    given, packed = several(device)
+    given[1].base.requires_grad_()
+    values = op.fusion_each(given, backend)
+    assert packed.isnan().sum() == 2 * 12
+    for each, value in zip(given, values, strict=True):
+        torch.testing.assert_close(value, reference.fusion(each.base.to(value.dtype), each.terms, each.relu))
+    (of_base,) = torch.autograd.grad(values[1].sum(), given[1].base)
+    assert (of_base == 1).all()
+    empty = torch.zeros(0, 3, 4, 4, device=device)
+    place = torch.zeros(0, 3, 4, 4, device=device)
+    assert op.fusion_each([op.Sum(empty, [], out=place)], backend)[0] is place
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_second_derivatives(relu):
     given = tensors(channels=1)

@@ -189,11 +189,11 @@ def test_maps_that_share_launches_are_as_each_alone(monkeypatch, device):
     """And so are their products; a launch takes four, of the largest first."""
     launched, real = [], op.launch
 
-    def launch(kernel, grid, parts, batch, **constants):
+    def launch(kernel, grid, parts, programs, **constants):
         sizes = [part[0].numel() for part in parts]
-        assert grid == (2 * batch * len(parts),)
+        assert grid == (sum(programs),) == (2 * 2 * len(parts),)
         launched.append((kernel.fn.__name__, sizes))
-        return real(kernel, grid, parts, batch, **constants)
+        return real(kernel, grid, parts, programs, **constants)
 
     given = several(device)
     vectors = [torch.randn_like(each.x) for each in given]

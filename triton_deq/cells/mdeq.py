@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import check_count, check_number
-from ..ops.fusion import fusion, fusion_vjp
+from ..ops.fusion import Sum, fusion_each, fusion_vjp_each
 from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
 from ..ops.launch import kernels_serve
 from ..reference.groupnorm import Normalised
@@ -249,7 +249,7 @@ class MDEQCell(nn.Module):
             )
             for i, block in enumerate(self.blocks)
         ]
-        branches = walk(maps, blocks, advance)
+        branches = walk(for_products(maps, u.weights[0].dtype), blocks, advance)
         if alone:
             return branches
         crossed = walk(
@@ -257,12 +257,13 @@ class MDEQCell(nn.Module):
             [[unit.step() for unit in path] for path in self._paths.values()],
             advance,
         )
-        fused = [
-            fusion(
-                branch, [term for (target, _), term in zip(self._paths, crossed, strict=True) if target == i]
-            )
-            for i, branch in enumerate(branches)
-        ]
+        crossed_to = list(zip(self._paths, crossed, strict=True))
+        fused = fusion_each(
+            [
+                Sum(branch, [term for (target, _), term in crossed_to if target == i])
+                for i, branch in enumerate(branches)
+            ]
+        )
         if kept is not None:
             kept.fused.extend(fused)
         return walk(
@@ -384,22 +385,24 @@ class Pullback:
             of_fused.clear()
             paths = [[unit.step() for unit in reversed(path)] for path in cell._paths.values()]
             crossed = list(zip(cell._paths, walk(of_crossed, paths, advance), strict=True))
-            of_branches = [
-                fusion(base, [term for (_, source), term in crossed if source == i], relu=False)
-                for i, base in enumerate(of_branches)
-            ]
+            of_branches = fusion_each(
+                [
+                    Sum(base, [term for (_, source), term in crossed if source == i], relu=False)
+                    for i, base in enumerate(of_branches)
+                ]
+            )
         of_maps = walk(of_branches, [block.steps()[::-1] for block in cell.blocks], advance)
         return [(of, of_residuals[block.second.norm]) for of, block in zip(of_maps, cell.blocks, strict=True)]
 
     def _parted(self, vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """From the gradients in the sums to those in each resolution's own term, and in what crossed."""
-        direct, crossed = [], []
-        for target, vector in enumerate(vectors):
-            factors = [2 ** max(source - target, 0) for source in range(len(vectors)) if source != target]
-            base, *terms = fusion_vjp(vector, self.kept.fused[target], factors)
-            direct.append(base)
-            crossed += terms
-        return direct, crossed
+        resolutions = range(len(vectors))
+        factors = [
+            [2 ** max(source - target, 0) for source in resolutions if source != target]
+            for target in resolutions
+        ]
+        found = fusion_vjp_each(vectors, self.kept.fused, factors)
+        return [base for base, *_ in found], [term for _, *terms in found for term in terms]
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,8 +418,18 @@ class Adjoint:
     def write(self, x: Tensor, out: Tensor) -> None:
         scales = self.pullback.u.scales
         shifts, places = unpack(self.shift, scales), unpack(out, scales)
-        for (direct, skipped), shift, place in zip(self.pullback._parts(x), shifts, places, strict=True):
-            torch.add(direct, skipped, out=place).add_(shift)
+        parts = zip(shifts, self.pullback._parts(x), places, strict=True)
+        fusion_each([Sum(shift, both, False, place) for shift, both, place in parts])
+
+
+def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Maps as convolutions read them, dense and of their dtype, where each would make its own so itself."""
+    if torch.is_grad_enabled() or not kernels_serve(maps[0], "auto", autocast=True):
+        return maps
+    if maps[0].dtype == dtype and maps[0].is_contiguous(memory_format=torch.channels_last):
+        return maps
+    places = [torch.empty_like(each, dtype=dtype, memory_format=torch.channels_last) for each in maps]
+    return fusion_each([Sum(each, (), False, place) for each, place in zip(maps, places, strict=True)])
 
 
 def walk(

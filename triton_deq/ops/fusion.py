@@ -1,27 +1,41 @@
-"""The multiscale sum of a DEQ on several resolutions, as an op, and its vector-Jacobian product."""
+"""The multiscale sum of a DEQ on several resolutions, as an op, and its vector-Jacobian product.
+
+Sums that do not wait for each other go together: one launch serves a few.
+"""
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import fusion as reference
 from .launch import (
+    Part,
     fresh,
     kernels_serve,
     laid,
     launch,
     next_power_of_2,
     sample_stride,
+    shared,
     transformed,
     wide_dtype,
 )
 
 TILE = 2048
 """Entries of a program."""
+
+
+class Sum(NamedTuple):
+    """What `fusion` takes of one sum, and where its value is left: of any floating dtype."""
+
+    base: Tensor
+    terms: Sequence[Tensor] = ()
+    relu: bool = True
+    out: Tensor | None = None
 
 
 def fusion(base: Tensor, terms: Sequence[Tensor], relu: bool = True, backend: str = "auto") -> Tensor:
@@ -39,14 +53,37 @@ def fusion(base: Tensor, terms: Sequence[Tensor], relu: bool = True, backend: st
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
-    _check(base, terms)
-    terms = tuple(terms)
-    served = kernels_serve(base, backend, *terms, autocast=True)
+    return fusion_each([Sum(base, terms, relu)], backend)[0]
+
+
+def fusion_each(sums: Sequence[Sum], backend: str = "auto") -> list[Tensor]:
+    """The value of `fusion` for each sum, in shared launches where nobody asks for gradients.
+
+    With an `out`, for which nobody may, terms may be of other dtypes than their base.
+    """
+    for each in sums:
+        _check(each.base, each.terms)
+    served = [
+        kernels_serve(base, backend, *(terms if out is None else ()), autocast=True)
+        for base, terms, _, out in sums
+    ]
+    if all(served) and not any(map(_differentiated, sums)):
+        return fusion_fwd(sums)
+    return [_value(each, does) for each, does in zip(sums, served, strict=True)]
+
+
+def _value(given: Sum, served: bool) -> Tensor:
+    base, terms, relu, out = given
     if not served and (transformed() or base.numel() == 0):
-        return reference.fusion(base, terms, relu)
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (base, *terms)):
+        value = reference.fusion(base, terms, relu)
+        return value if out is None else out.copy_(value)
+    if _differentiated(given):
         return FusionFunction.apply(relu, served, base, *terms)
-    return (fusion_fwd if served else reference.fusion_fwd)(base, terms, relu)
+    return fusion_fwd([given])[0] if served else reference.fusion_fwd(*given)
+
+
+def _differentiated(given: Sum) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in (given.base, *given.terms))
 
 
 def fusion_vjp(
@@ -66,93 +103,138 @@ def fusion_vjp(
     Raises:
         ValueError: a factor that does not divide H and W, or a value of another shape.
     """
-    for factor in factors:
-        if factor < 1 or vector.shape[2] % factor or vector.shape[3] % factor:
-            raise ValueError(
-                f"factors has {factor}, which does not divide vector's {tuple(vector.shape[2:])}: give the "
-                "H/h of each term"
-            )
-    if value is not None and value.shape != vector.shape:
-        raise ValueError(
-            f"vector has shape {tuple(vector.shape)}, value has {tuple(value.shape)}: give them one shape"
-        )
-    served = kernels_serve(vector, backend, autocast=True)
+    return fusion_vjp_each([vector], [value], [factors], backend)[0]
+
+
+def fusion_vjp_each(
+    vectors: Sequence[Tensor],
+    values: Sequence[Tensor | None],
+    factors: Sequence[Sequence[int]],
+    backend: str = "auto",
+) -> list[tuple[Tensor, ...]]:
+    """`fusion_vjp` for each sum, in shared launches like those of `fusion_each`."""
+    given = list(zip(vectors, values, factors, strict=True))
+    for each in given:
+        _check_vjp(*each)
+    served = [kernels_serve(vector, backend, autocast=True) for vector in vectors]
+    if all(served) and not (torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors)):
+        return fusion_vjp_fwd(vectors, values, factors)
+    return [_gradients(*each, does) for each, does in zip(given, served, strict=True)]
+
+
+def _gradients(
+    vector: Tensor, value: Tensor | None, factors: Sequence[int], served: bool
+) -> tuple[Tensor, ...]:
     if not served and (transformed() or vector.numel() == 0):
         return reference.fusion_vjp(vector, value, factors)
     if torch.is_grad_enabled() and vector.requires_grad:
         return FusionVJPFunction.apply(vector, value, tuple(factors), served)
-    return (fusion_vjp_fwd if served else reference.fusion_vjp_fwd)(vector, value, factors)
+    return _vjp_of(served, vector, value, factors)
+
+
+def _vjp_of(served: bool, vector: Tensor, value: Tensor | None, factors: Sequence[int]) -> tuple[Tensor, ...]:
+    if served:
+        return fusion_vjp_fwd([vector], [value], [factors])[0]
+    return reference.fusion_vjp_fwd(vector, value, factors)
 
 
 # ------------------------------------------------------------------------------------------- the launches
 
 
-def fusion_fwd(base: Tensor, terms: Sequence[Tensor], relu: bool) -> Tensor:
-    """As `reference.fusion_fwd`, by the kernel, which takes three terms at once."""
-    base = laid(base)
-    value = fresh(base)
-    height, width = base.shape[2:]
-    grid, constants = _tiles(*base.shape[:2], height * width, base.dtype, TILE)
-    for first in range(0, max(len(terms), 1), 3):
-        three = [
-            laid(term).contiguous(memory_format=torch.channels_last) for term in terms[first : first + 3]
+def fusion_fwd(sums: Sequence[Sum]) -> list[Tensor]:
+    """`reference.fusion_fwd` of each sum, by the kernel, which takes three terms at once."""
+    values = [out if out is not None and laid(out) is out else fresh(base) for base, _, _, out in sums]
+    for first in range(0, max(1, *(len(each.terms) for each in sums)), 3):
+        parts = [
+            _sum(value if first else base, terms[first : first + 3], relu and first + 3 >= len(terms), value)
+            for (base, terms, relu, _), value in zip(sums, values, strict=True)
+            if first == 0 or first < len(terms)
         ]
-        factors = [height // term.shape[2] for term in three]
-        rest = 3 - len(three)
-        launch(
-            _kernels().fusion_kernel,
-            grid,
+        for grid, args, constants in shared(parts):
+            launch(_kernels().fusion_kernel, grid, *args, **constants)
+    return [
+        value if out is None or value is out else out.copy_(value)
+        for (*_, out), value in zip(sums, values, strict=True)
+    ]
+
+
+def _sum(base: Tensor, terms: Sequence[Tensor], relu: bool, value: Tensor) -> Part:
+    base = laid(base)
+    three = [laid(term).contiguous(memory_format=torch.channels_last) for term in terms]
+    height, width = base.shape[2:]
+    rest = 3 - len(three)
+    dtype = torch.float64 if any(term.dtype == torch.float64 for term in three) else base.dtype
+    tiles = _tiles(*base.shape[:2], height * width, dtype, TILE)
+    return Part(
+        operands=(
             base,
             *three,
             *[base] * rest,
             value,
             sample_stride(base),
+            sample_stride(value),
             height,
             width,
-            **dict(zip(("K1", "K2", "K3"), factors + [0] * rest, strict=True)),
-            RELU=relu and first + 3 >= len(terms),
-            **constants,
-        )
-        base = value
-    return value
+        ),
+        constants=(
+            base.shape[1],
+            *(height // term.shape[2] for term in three),
+            *(0,) * rest,
+            relu,
+            *tiles.tile,
+        ),
+        programs=tiles.programs,
+        warps=tiles.warps,
+        result=value,
+    )
 
 
-def fusion_vjp_fwd(vector: Tensor, value: Tensor | None, factors: Sequence[int]) -> tuple[Tensor, ...]:
-    """As `reference.fusion_vjp_fwd`, by the kernel: coarser sums are made of finer ones where they can be."""
+def fusion_vjp_fwd(
+    vectors: Sequence[Tensor], values: Sequence[Tensor | None], factors: Sequence[Sequence[int]]
+) -> list[tuple[Tensor, ...]]:
+    """`reference.fusion_vjp_fwd` of each sum, by the kernel."""
+    plans = [_levels(*each) for each in zip(vectors, values, factors, strict=True)]
+    for level in range(max(len(levels) for levels, _ in plans)):
+        for grid, args, constants in shared([levels[level] for levels, _ in plans if level < len(levels)]):
+            launch(_kernels().fusion_vjp_kernel, grid, *args, **constants)
+    return [found for _, found in plans]
+
+
+def _levels(
+    vector: Tensor, value: Tensor | None, factors: Sequence[int]
+) -> tuple[list[Part], tuple[Tensor, ...]]:
+    """What to launch one after another, coarser sums of finer ones if possible, and what it gives."""
     vector = laid(vector)
     v = vector if value is None else fresh(vector)
     held: dict[int, Tensor] = {1: v}
-    for factor in sorted({1, *factors}):
-        write = factor == min({*factors} - {1}, default=1) and value is not None
-        if factor == 1 and not (write and not {*factors} - {1}):
-            continue
+    coarser = sorted({*factors} - {1})
+    levels: list[Part] = []
+    for factor in coarser or ([1] if value is not None else []):
         finer = max(each for each in held if factor % each == 0)
         source, relu = (vector, value is not None) if finer == 1 else (held[finer], False)
         step, (height, width) = factor // finer, source.shape[2:]
         pooled = v
         if factor > 1:
-            shape = (*vector.shape[:2], height // step, width // step)
-            pooled = torch.empty(
-                shape, dtype=vector.dtype, device=vector.device, memory_format=torch.channels_last
+            pooled = held[factor] = torch.empty(
+                (*vector.shape[:2], height // step, width // step),
+                dtype=vector.dtype,
+                device=vector.device,
+                memory_format=torch.channels_last,
             )
-            held[factor] = pooled
-        grid, constants = _tiles(*vector.shape[:2], height // step * (width // step), vector.dtype, TILE)
-        launch(
-            _kernels().fusion_vjp_kernel,
-            grid,
-            source,
-            source if value is None or not relu else laid(value),
-            v,
-            pooled,
-            sample_stride(source),
-            height,
-            width,
-            K=step,
-            RELU=relu,
-            WRITE=write,
-            **constants,
+        tiles = _tiles(*vector.shape[:2], height // step * (width // step), vector.dtype, TILE)
+        masked = source if value is None or not relu else laid(value)
+        # The first reads the vector, and writes v.
+        flags = (relu, not levels and value is not None)
+        levels.append(
+            Part(
+                operands=(source, masked, v, pooled, sample_stride(source), height, width),
+                constants=(vector.shape[1], step, *flags, *tiles.tile),
+                programs=tiles.programs,
+                warps=tiles.warps,
+                result=pooled,
+            )
         )
-    return v, *(held[factor] for factor in factors)
+    return levels, (v, *(held[factor] for factor in factors))
 
 
 class FusionFunction(torch.autograd.Function):
@@ -160,7 +242,8 @@ class FusionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, relu: bool, served: bool, base: Tensor, *terms: Tensor):
-        value = (fusion_fwd if served else reference.fusion_fwd)(base, terms, relu)
+        given = Sum(base, terms, relu)
+        value = fusion_fwd([given])[0] if served else reference.fusion_fwd(*given[:3])
         ctx.save_for_backward(value if relu else None)
         ctx.factors, ctx.served = tuple(base.shape[2] // term.shape[2] for term in terms), served
         return value
@@ -181,7 +264,7 @@ class FusionVJPFunction(torch.autograd.Function):
         ctx.save_for_backward(value)
         ctx.factors, ctx.served, ctx.shape = factors, served, vector.shape
         ctx.set_materialize_grads(False)
-        found = (fusion_vjp_fwd if served else reference.fusion_vjp_fwd)(vector, value, factors)
+        found = _vjp_of(served, vector, value, factors)
         return tuple(each.view_as(each) for each in found)
 
     @staticmethod
@@ -195,25 +278,41 @@ class FusionVJPFunction(torch.autograd.Function):
         return total if value is None else torch.where(value > 0, total, 0), None, None, None
 
 
+class Tiles(NamedTuple):
+    """A program a tile of pixels and channels; tile is WIDE, ROWS and BLOCK."""
+
+    tile: tuple[Any, int, int]
+    programs: int
+    warps: int
+
+
 @lru_cache(maxsize=1024)
-def _tiles(
-    batch: int, channels: int, pixels: int, dtype: torch.dtype, most: int
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid and the launch's constants: pixels and channels of a program, `most` entries together."""
+def _tiles(batch: int, channels: int, pixels: int, dtype: torch.dtype, most: int) -> Tiles:
+    """Tiles of `most` entries."""
     block = min(next_power_of_2(channels), 128)
     rows = min(most // block, next_power_of_2(pixels))
-    constants = {
-        "C": channels,
-        "WIDE": wide_dtype(dtype),
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": min(max(rows * block // 512, 1), 4),
-    }
-    return (-(-pixels // rows), -(-channels // block), batch), constants
+    return Tiles(
+        tile=(wide_dtype(dtype), rows, block),
+        programs=batch * -(-pixels // rows) * -(-channels // block),
+        warps=min(max(rows * block // 512, 1), 4),
+    )
 
 
 def _backend(served: bool) -> str:
     return "triton" if served else "reference"
+
+
+def _check_vjp(vector: Tensor, value: Tensor | None, factors: Sequence[int]) -> None:
+    for factor in factors:
+        if factor < 1 or vector.shape[2] % factor or vector.shape[3] % factor:
+            raise ValueError(
+                f"factors has {factor}, which does not divide vector's {tuple(vector.shape[2:])}: give the "
+                "H/h of each term"
+            )
+    if value is not None and value.shape != vector.shape:
+        raise ValueError(
+            f"vector has shape {tuple(vector.shape)}, value has {tuple(value.shape)}: give them one shape"
+        )
 
 
 def _check(base: Any, terms: Sequence[Any]) -> None:

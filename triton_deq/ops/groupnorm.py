@@ -6,7 +6,7 @@ Inside torch.compile and in the transforms of torch.func the ordinary operators 
 of them. Autocast changes nothing: statistics are wide anyway, and the value has x's dtype.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,12 +19,14 @@ from ..reference import groupnorm as reference
 from ..reference.groupnorm import Gradients, Normalised
 from ..reference.record import accumulate_dtype
 from .launch import (
+    Part,
     fresh,
     kernels_serve,
     laid,
     launch,
     next_power_of_2,
     sample_stride,
+    shared,
     transformed,
     wide_dtype,
 )
@@ -32,8 +34,6 @@ from .launch import (
 TILE = 4096
 """Entries of a group that a program holds at once, and of each of five sums in the second derivatives."""
 SECOND_TILE = 2048
-MAPS = 4
-"""How many maps a launch takes at most: its code grows with each of them."""
 
 
 class Map(NamedTuple):
@@ -102,7 +102,7 @@ def groupnorm_each(
 ) -> list[tuple[Tensor, Normalised]]:
     """The value of `groupnorm` for each map, and what `groupnorm_vjp` needs of it, without `statistics` less.
 
-    Maps of one batch of which nobody asks for gradients share launches.
+    Maps of which nobody asks for gradients share launches.
     """
     for given in maps:
         _check(given)
@@ -183,8 +183,7 @@ def _vjp_of(served: bool, vector: Tensor, held: Normalised, parameters: bool = F
 
 def _together(maps: Iterable[Tensor], inputs: Iterable[tuple[Tensor | None, ...]]) -> bool:
     """Whether maps can share a launch, and nobody asks for a gradient."""
-    alike = {(len(x), x.device) for x in maps}
-    return len(alike) == 1 and not any(map(_differentiated, inputs))
+    return len({x.device for x in maps}) == 1 and not any(map(_differentiated, inputs))
 
 
 def _differentiated(inputs: tuple[Tensor | None, ...]) -> bool:
@@ -196,10 +195,12 @@ def _differentiated(inputs: tuple[Tensor | None, ...]) -> bool:
 
 def groupnorm_fwd(maps: Sequence[Map], statistics: bool = True) -> list[tuple[Tensor, Any, Any]]:
     """`reference.groupnorm_fwd` of each map, by the kernel; without `statistics` the value alone."""
-    found = _launched(_kernels().groupnorm_kernel, [_forward(given, statistics) for given in maps])
+    parts = [_forward(given, statistics) for given in maps]
+    for grid, args, constants in shared(parts):
+        launch(_kernels().groupnorm_kernel, grid, *args, **constants)
     return [
         (value if given.out is None or value is given.out else given.out.copy_(value), mean, inverse)
-        for given, (value, mean, inverse) in zip(maps, found, strict=True)
+        for given, (value, mean, inverse) in zip(maps, (part.result for part in parts), strict=True)
     ]
 
 
@@ -208,41 +209,16 @@ def groupnorm_vjp_fwd(
 ) -> list[Gradients]:
     """`reference.groupnorm_vjp_fwd` of each map, by the kernel."""
     parts = [_backward(vector, of, parameters) for vector, of in zip(vectors, held, strict=True)]
+    for grid, args, constants in shared(parts):
+        launch(_kernels().groupnorm_vjp_kernel, grid, *args, **constants)
     found = []
-    for vector, of, (gradients, sums) in zip(
-        vectors, held, _launched(_kernels().groupnorm_vjp_kernel, parts), strict=True
-    ):
+    for vector, of, part in zip(vectors, held, parts, strict=True):
+        gradients, sums = part.result
         if parameters:
             of_offset, of_gain = sums.sum(0).to(vector.dtype if of.gain is None else of.gain.dtype)
             gradients = gradients._replace(gain=of_gain, offset=of_offset)
         found.append(gradients)
     return found
-
-
-class Part(NamedTuple):
-    """One map's part of a launch: what the kernel gets of it, and what comes of it."""
-
-    operands: tuple[Any, ...]
-    constants: tuple[Any, ...]
-    programs: int
-    warps: int
-    result: Any
-
-
-def _launched(kernel: Any, parts: list[Part]) -> Iterator[Any]:
-    """What comes of all parts, launched in order of size, so that few wait for one that is much larger."""
-    ordered = sorted(parts, key=lambda part: -part.operands[0].numel())
-    for start in range(0, len(parts), MAPS):
-        chosen = ordered[start : start + MAPS]
-        launch(
-            kernel,
-            (sum(part.programs for part in chosen),),
-            tuple(part.operands for part in chosen),
-            len(chosen[0].operands[0]),
-            CONSTANTS=tuple(part.constants for part in chosen),
-            num_warps=max(part.warps for part in chosen),
-        )
-    return (part.result for part in parts)
 
 
 def _forward(given: Map, statistics: bool) -> Part:

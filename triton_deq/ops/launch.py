@@ -1,10 +1,10 @@
 """What every launch has in common: the device, the compiler's options, the cut of a row into parts."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ PROGRAMS = 2048
 """Enough programs to fill a large GPU several times; more would only repeat each sample's small solve."""
 MAX_PARTS = 256
 MAX_BLOCK = 2048
+SHARING = 4
+"""How many maps share a launch at most: its code grows with each of them."""
 
 
 _known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
@@ -55,6 +57,41 @@ def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
             yield arg
         elif isinstance(arg, tuple):
             yield from tensors_of(arg)
+
+
+class Part(NamedTuple):
+    """One map's part of a launch that serves several.
+
+    Attributes:
+        operands: what the kernel gets for it; the first is a tensor, by whose size maps are ordered.
+        constants: what it gets for it at compile time.
+        programs, warps: how many programs it takes, and how many warps are best for it.
+        result: what comes of it.
+    """
+
+    operands: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    programs: int
+    warps: int
+    result: Any
+
+
+def shared(
+    parts: Sequence[Part], most: int = SHARING
+) -> Iterator[tuple[tuple[int], tuple[Any, Any], dict[str, Any]]]:
+    """The launches for all parts, at most so many in each: grid, arguments and constants.
+
+    The largest first and those of about one size together, so that few wait for one that is much larger.
+    """
+    ordered = sorted(parts, key=lambda part: -part.operands[0].numel())
+    for start in range(0, len(parts), most):
+        chosen = ordered[start : start + most]
+        programs = tuple(part.programs for part in chosen)
+        constants = {
+            "CONSTANTS": tuple(part.constants for part in chosen),
+            "num_warps": max(part.warps for part in chosen),
+        }
+        yield (sum(programs),), (tuple(part.operands for part in chosen), programs), constants
 
 
 def launch_at(

@@ -18,15 +18,13 @@ def fusion(base: Tensor, terms: Sequence[Tensor], relu: bool = True) -> Tensor:
     return value.relu() if relu else value
 
 
-def fusion_fwd(base: Tensor, terms: Sequence[Tensor], relu: bool) -> Tensor:
-    """The same, in place after the first sum."""
-    if not terms:
-        return base.relu() if relu else base.clone()
-    first, *others = sorted(terms, key=lambda term: -term.shape[2])
-    if first.shape == base.shape:
-        value = base + first
+def fusion_fwd(base: Tensor, terms: Sequence[Tensor], relu: bool, out: Tensor | None = None) -> Tensor:
+    """The same, into `out` if given, in place after the first sum."""
+    others = sorted(terms, key=lambda term: -term.shape[2])
+    if others and others[0].shape == base.shape:
+        value = torch.add(base, others.pop(0), out=out)
     else:
-        value, others = base.clone(), [first, *others]
+        value = base.clone() if out is None else out.copy_(base)
     for term in others:
         blocks(value, base.shape[2] // term.shape[2]).add_(term[:, :, :, None, :, None])
     return value.relu_() if relu else value

@@ -86,13 +86,17 @@ def check_fusion(case: Case) -> Iterator[Row]:
         _maps(case, batch, (side // factor) ** 2, channels, stream)
         for stream, factor in enumerate(factors, 2)
     ]
-    value = op.fusion_fwd(base, terms, True)
+    value, beside = op.fusion_fwd([op.Sum(base, terms), op.Sum(terms[1], terms[2:3], relu=False)])
     wanted = fusion_reference.fusion(base.double(), [term.double() for term in terms])
     yield row(case, "fusion", "fusion", "value", relative_error(value, wanted))
-    found = op.fusion_vjp_fwd(vector, value, factors)
+    wanted = fusion_reference.fusion(terms[1].double(), [terms[2].double()], relu=False)
+    yield row(case, "fusion", "fusion", "beside", relative_error(beside, wanted))
+    found, (_, pooled) = op.fusion_vjp_fwd([vector, terms[1]], [value, None], [factors, [2]])
     expected = fusion_reference.fusion_vjp(vector.double(), value.double(), factors)
     for quantity, out, each in zip(("of base", *(f"by {k}" for k in factors)), found, expected, strict=True):
         yield row(case, "fusion", "fusion_vjp", quantity, relative_error(out, each))
+    wanted = fusion_reference.pooled(terms[1].double(), 2)
+    yield row(case, "fusion", "fusion_vjp", "beside", relative_error(pooled, wanted))
 
 
 def _sizes(case: Case) -> tuple[int, int, int]:

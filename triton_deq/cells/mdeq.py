@@ -424,7 +424,7 @@ class Adjoint:
 
 def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Maps as convolutions read them, dense and of their dtype, where each would make its own so itself."""
-    if torch.is_grad_enabled() or not kernels_serve(maps[0], "auto", autocast=True):
+    if (torch.is_grad_enabled() and maps[0].requires_grad) or not kernels_serve(maps[0], "auto", autocast=True):
         return maps
     if maps[0].dtype == dtype and maps[0].is_contiguous(memory_format=torch.channels_last):
         return maps

@@ -39,13 +39,13 @@ class DEQOutput:
 register(DEQOutput, left_out=("injection",))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes what it calls, before it has fields
 class Injected:
     """`z ↦ cell(z, u)`: an f with all that its cell can do, and the same for some of the samples."""
 
     cell: Any
     u: Any
-    _evaluated: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    _evaluated: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.cell(z, self.u)

@@ -424,9 +424,10 @@ class Adjoint:
 
 def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Maps as convolutions read them, dense and of their dtype, where each would make its own so itself."""
-    if (torch.is_grad_enabled() and maps[0].requires_grad) or not kernels_serve(maps[0], "auto", autocast=True):
-        return maps
-    if maps[0].dtype == dtype and maps[0].is_contiguous(memory_format=torch.channels_last):
+    first = maps[0]
+    tracked = torch.is_grad_enabled() and first.requires_grad
+    fits = first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last)
+    if tracked or fits or not kernels_serve(first, "auto", autocast=True):
         return maps
     places = [torch.empty_like(each, dtype=dtype, memory_format=torch.channels_last) for each in maps]
     return fusion_each([Sum(each, (), False, place) for each, place in zip(maps, places, strict=True)])

@@ -190,6 +190,25 @@ def test_steps_write_in_place_and_pack_nothing(reference):
     assert not {"cat", "stack"} & set(seen)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_transforms_see_through(gradients, reference):
+    """vmap and forward derivatives, of the cell and of its product, with gradients and without."""
+    cell, _, u, z = setup()
+    z, both = z.detach(), torch.stack([z.detach(), 2 * z.detach()])
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(
+            torch.vmap(lambda z: cell(z, u))(both), torch.stack([cell(z, u) for z in both])
+        )
+        _, pullback = cell.vjp(z, u)
+        adjoint = pullback.plus(z)
+        for product in (pullback, adjoint):
+            torch.testing.assert_close(
+                torch.vmap(product)(both), torch.stack([product(each) for each in both])
+            )
+        _, along = torch.func.jvp(lambda z: cell(z, u), (z,), (both[1],))
+    torch.testing.assert_close((along * z).sum(), (pullback(z) * both[1]).sum())
+
+
 def test_weight_normalisation_is_pytorchs(reference):
     torch.manual_seed(0)
     ours, theirs = (

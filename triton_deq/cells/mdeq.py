@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..checks import check_count, check_number
 from ..ops.fusion import Sum, fusion_each, fusion_vjp_each
 from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
-from ..ops.launch import kernels_serve
+from ..ops.launch import kernels_serve, transformed
 from ..reference.groupnorm import Normalised
 from .layers import does_as, normalise_kernels
 
@@ -204,11 +204,7 @@ class MDEQCell(nn.Module):
 
     def forward(self, z: Tensor, u: MDEQInjection) -> Tensor:
         """The next state `[B, N]` from z and `u = inject(x)`."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return pack(self._evaluate(z, u)).to(z.dtype)
-        out = torch.empty_like(z, memory_format=torch.contiguous_format)
-        self._evaluate(z, u, out=out)
-        return out
+        return self._next(z, u)
 
     def write(self, z: Tensor, u: MDEQInjection, out: Tensor) -> None:
         """The next state into `out`; without gradients."""
@@ -224,8 +220,14 @@ class MDEQCell(nn.Module):
 
     def _vjp(self, z: Tensor, u: MDEQInjection) -> tuple[Tensor, "Pullback"]:
         kept = Kept({}, [])
-        value = pack(self._evaluate(z, u, kept)).to(z.dtype)
-        return value, Pullback(self, u, kept, z.dtype)
+        return self._next(z, u, kept), Pullback(self, u, kept, z.dtype)
+
+    def _next(self, z: Tensor, u: MDEQInjection, kept: "Kept | None" = None) -> Tensor:
+        if tracked():
+            return pack(self._evaluate(z, u, kept)).to(z.dtype)
+        out = torch.empty_like(z, memory_format=torch.contiguous_format)
+        self._evaluate(z, u, kept, out)
+        return out
 
     def _evaluate(
         self, z: Tensor, u: MDEQInjection, kept: "Kept | None" = None, out: Tensor | None = None
@@ -364,7 +366,12 @@ class Pullback:
     def __call__(self, vector: Tensor) -> Tensor:
         if vector.dim() > 2:
             return torch.stack([self(each) for each in vector.flatten(0, -3)]).view(vector.shape)
-        return pack([direct + skipped for direct, skipped in self._parts(vector)]).to(self.dtype)
+        if tracked():
+            return pack([direct + skipped for direct, skipped in self._parts(vector)]).to(self.dtype)
+        out = torch.empty_like(vector, dtype=self.dtype, memory_format=torch.contiguous_format)
+        parts = zip(self._parts(vector), unpack(out, self.u.scales), strict=True)
+        fusion_each([Sum(direct, (skipped,), False, place) for (direct, skipped), place in parts])
+        return out
 
     def plus(self, shift: Tensor) -> "Adjoint":
         """`x ↦ xJ + g`."""
@@ -413,7 +420,11 @@ class Adjoint:
     shift: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.pullback(x) + self.shift
+        if tracked():
+            return self.pullback(x) + self.shift
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.write(x, out)
+        return out
 
     def write(self, x: Tensor, out: Tensor) -> None:
         scales = self.pullback.u.scales
@@ -422,12 +433,18 @@ class Adjoint:
         fusion_each([Sum(shift, both, False, place) for shift, both, place in parts])
 
 
+def tracked() -> bool:
+    """Whether a graph may be made of what is computed now, so that nothing may be written into a place."""
+    return torch.is_grad_enabled() or transformed()
+
+
 def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Maps as convolutions read them, dense and of their dtype, where each would make its own so itself."""
     first = maps[0]
-    tracked = torch.is_grad_enabled() and first.requires_grad
-    fits = first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last)
-    if tracked or fits or not kernels_serve(first, "auto", autocast=True):
+    if not kernels_serve(first, "auto", autocast=True):
+        return maps
+    differentiated = torch.is_grad_enabled() and first.requires_grad
+    if differentiated or (first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last)):
         return maps
     places = [torch.empty_like(each, dtype=dtype, memory_format=torch.channels_last) for each in maps]
     return fusion_each([Sum(each, (), False, place) for each, place in zip(maps, places, strict=True)])

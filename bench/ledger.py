@@ -184,7 +184,7 @@ def _work_of_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
     tensors = {_key(each): each for each in tensors_of((*values.values(),))}
     entry = next(each for each in ENTRIES if each.kernel is kernel)
-    moved = sum(map(_bytes, tensors.values()))
+    moved = sum(map(_bytes, tensors.values())) + sum(map(_bytes, _in_place(values)))
     if entry.op not in _SOLVERS and not entry.budget.tensor_cores:
         return Work(moved, {})
     arguments = {
@@ -197,6 +197,11 @@ def _work_of_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any
     sizes = (sized, batch, state.numel() // max(batch, 1))
     traffic = sized.traffic(*sizes) if entry.op in _SOLVERS else moved
     return Work(traffic, sized.work(*sizes) if entry.budget.tensor_cores else {})
+
+
+def _in_place(values: dict[str, Any]) -> list[Tensor]:
+    """The maps of a GroupNorm that take their own value: they are read and written."""
+    return [operands[0] for operands in values.get("maps", ()) if operands[6] is operands[0]]
 
 
 _SOLVERS = {"anderson", "broyden"}

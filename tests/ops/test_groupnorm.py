@@ -237,6 +237,18 @@ def test_maps_of_other_kinds_side_by_side(odd, backend, device):
         assert given[1].x.grad.isfinite().all()
 
 
+def test_value_in_the_place_of_x(backend, monkeypatch, device):
+    """With groups of one tile, and of several."""
+    (x, gain, offset, shift, residual), mask = tensors(device=device)
+    with torch.no_grad():
+        for tile in (op.TILE, 4):
+            monkeypatch.setattr(op, "TILE", tile)
+            wanted, place = plainly(x, 2, gain, offset, mask, shift, residual, True), x.clone()
+            given = (place, 2, gain, offset, mask, shift, residual, True)
+            assert op.groupnorm(*given, backend=backend, out=place) is place
+            torch.testing.assert_close(place, wanted)
+
+
 def test_value_into_a_place(backend, device):
     """Of a packed state, of another dtype, or one that no kernel writes to."""
     with torch.no_grad():

@@ -268,9 +268,8 @@ class MDEQCell(nn.Module):
         )
         if kept is not None:
             kept.fused.extend(fused)
-        return walk(
-            fused, [[unit.step(out=out)] for unit, out in zip(self.post, places, strict=True)], advance
-        )
+        last = [[unit.step(out=place)] for unit, place in zip(self.post, places, strict=True)]
+        return walk(fused, last, advance)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, dropout={self.dropout}"
@@ -484,6 +483,9 @@ def forwards(
         Map(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, **around)
         for x, (_, norm, around) in zip(maps, steps, strict=True)
     ]
+    if kept is None and not tracked() and kernels_serve(maps[0], "auto", autocast=True):
+        # All that is normalised was made on the way, and nobody reads it again: the value takes its place.
+        given = [each if each.out is not None else each._replace(out=each.x) for each in given]
     found = groupnorm_each(given, statistics=kept is not None)
     if kept is not None:
         kept.norms.update((step.norm, held) for step, (_, held) in zip(steps, found, strict=True))

@@ -83,7 +83,7 @@ def groupnorm(
         relu: whether a relu ends it.
         epsilon: ε above 0.
         backend: "auto", "triton" or "reference".
-        out: where the value is left, of x's shape and any floating dtype; only without gradients.
+        out: where the value is left, of x's shape and any floating dtype; only without gradients. May be x.
 
     Statistics are taken in float32, or in float64 for float64, in two passes.
 
@@ -136,7 +136,7 @@ def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tu
 
     Args:
         vector: `[B, C, H, W]`.
-        held: as `groupnorm_evaluated` gives it.
+        held: as `groupnorm_each` gives it.
         backend: "auto", "triton" or "reference".
 
     Returns:

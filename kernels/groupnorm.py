@@ -32,10 +32,18 @@ def of_channels(ptr, group, CG: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.cons
 
 @triton.jit
 def summed(
-    x_ptr, shift_ptr, scale, offsets, inside, MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr
+    x_ptr,
+    shift_ptr,
+    scale,
+    x_offsets,
+    offsets,
+    inside,
+    MASK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """`m ⊙ x + u`, 0 outside."""
-    total = tl.load(x_ptr + offsets, mask=inside, other=0).to(WIDE)
+    total = tl.load(x_ptr + x_offsets, mask=inside, other=0).to(WIDE)
     if MASK:
         total *= scale[None, :]
     if SHIFT:
@@ -97,11 +105,13 @@ def normalise(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """`relu(γ ⊙ n + β + r)` with `n = (s − μ) / σ` of `s = m ⊙ x + u`, and with STATISTICS μ and 1/σ.
 
     x, shift u, residual r, out: [B, P, C], samples a stride of their own apart    mask m: [B, C]
     gain γ, offset β: [C]    mean, inverse: [B, G], of dtype WIDE
+    x may be some channels of a map that has APART more.
     Each place of a tile has a running mean and sum of squares of its own (Welford); they are merged at the
     end (Chan, Golub & LeVeque), so that a large mean costs no digits.
     """
@@ -120,7 +130,8 @@ def normalise(
     squares = tl.zeros([ROWS, BLOCK], dtype=WIDE)
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, inside, MASK, SHIFT, WIDE)
+        x_offsets = offsets + (start + tl.arange(0, ROWS))[:, None] * APART
+        s = summed(x_ptr, shift_ptr, scale, x_offsets, offsets, inside, MASK, SHIFT, WIDE)
         count += tl.where(inside, 1.0, 0.0).to(WIDE)
         distance = tl.where(inside, s - means, 0)
         means += distance / tl.where(count > 0, count, 1)
@@ -138,7 +149,8 @@ def normalise(
         offset = of_channels(offset_ptr, group, CG, BLOCK, WIDE)
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, inside, MASK, SHIFT, WIDE)
+        x_offsets = offsets + (start + tl.arange(0, ROWS))[:, None] * APART
+        s = summed(x_ptr, shift_ptr, scale, x_offsets, offsets, inside, MASK, SHIFT, WIDE)
         value = (s - mean) * inverse
         if GAIN:
             value = value * gain[None, :] + offset[None, :]
@@ -220,7 +232,7 @@ def pull(
     of_vn = tl.zeros([ROWS, BLOCK], dtype=WIDE)
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, inside, MASK, SHIFT, WIDE)
+        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
         v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
         of_v += v
         of_vn += v * ((s - mean) * inverse)
@@ -235,7 +247,7 @@ def pull(
 
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, inside, MASK, SHIFT, WIDE)
+        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
         v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
         of_sum = inverse * (gain[None, :] * v - c - (s - mean) * inverse * d)
         out = sample * (P * C) + offsets
@@ -318,7 +330,7 @@ def groupnorm_second_kernel(
     of_wv = tl.zeros([ROWS, BLOCK], dtype=WIDE)
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, inside, MASK, SHIFT, WIDE)
+        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
         n = (s - mean) * inverse
         v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
         w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
@@ -339,7 +351,7 @@ def groupnorm_second_kernel(
 
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, inside, MASK, SHIFT, WIDE)
+        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
         n = (s - mean) * inverse
         v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
         w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]

@@ -250,15 +250,16 @@ def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
         groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held(x, *flags))
         return
     maps, products = [], []
-    for pixels, channels, groups, _, shift, gain, *flags, _, _, _ in values["CONSTANTS"]:
+    for pixels, channels, groups, _, shift, gain, *flags in values["CONSTANTS"]:
         x = map_of(pixels, channels)
         if kernel == "groupnorm":
-            more, relu, statistics, epsilon = flags
+            more, relu, statistics, epsilon, *_, apart = flags
             gains = state.new_zeros(channels) if gain else None
             beside = (x if there else None for there in (shift, more))
-            maps.append(Map(x, groups, gains, gains, None, *beside, relu, epsilon))
+            some = map_of(pixels, channels + apart)[:, :channels] if apart else x
+            maps.append(Map(some, groups, gains, gains, None, *beside, relu, epsilon))
         else:
-            relu, _, _, parameters = flags
+            relu, _, _, parameters, *_ = flags
             products.append((x, held(x, groups, shift, gain, relu)))
     if maps:
         groupnorm.groupnorm_fwd(maps, statistics)

@@ -11,7 +11,11 @@ from .entry import BYTES, Budget, Entry, Pointer, name_of, traded, unit_of
 
 @dataclass(frozen=True)
 class Uses:
-    """What an op is asked for. more: with a residual, or in the second derivatives with its gradient."""
+    """What an op is asked for.
+
+    more: with a residual, or in the second derivatives with its gradient. apart: how many channels of others
+    lie between its pixels.
+    """
 
     shift: bool = False
     more: bool = False
@@ -19,6 +23,7 @@ class Uses:
     relu: bool = True
     parameters: bool = False
     statistics: bool = True
+    apart: int = 0
 
 
 def _entry(
@@ -32,6 +37,7 @@ def _entry(
 ) -> Entry:
     """maps: pixels and channels of each, and what is done with it."""
     pixels, channels, uses = maps[0]
+    name = name_of(kernel, dtype, f"{pixels}x{channels}", note)
     runs = [_power(channels // groups) for _, channels, _ in maps]
     if kernel == "groupnorm_second":
         bulk, arguments, warps = _second(dtype, pixels, channels, groups, uses)
@@ -45,13 +51,14 @@ def _entry(
         }
         warps = max(warps for *_, warps in parts)
         # The warps are the largest map's; of a small one a thread may have less than it could read at once.
-        tiles = [constants[-2] * constants[-1] for _, _, constants, _ in parts]
-        runs += [max(tile // (64 * warps), 1) for tile in tiles]
+        for pixels, channels, _ in maps:
+            (_, rows, block), _ = _tiles(dtype, pixels, channels, groups, 4096)
+            runs.append(max(rows * block // (64 * warps), 1))
     access = min(16, BYTES[dtype] * min(runs))
     operations = 30 if kernel == "groupnorm_second" else 12
     return Entry(
         op="groupnorm",
-        name=name_of(kernel, dtype, f"{pixels}x{channels}", note),
+        name=name,
         kernel=getattr(kernels, f"{kernel}_kernel"),
         shape=(batch, sum(pixels * channels for pixels, channels, _ in maps)),
         arguments=arguments,
@@ -68,10 +75,13 @@ def _forward(dtype: str, groups: int, pixels: int, channels: int, uses: Uses) ->
     state, wide = Pointer(dtype), _wide(dtype)
     tiles, warps = _tiles(dtype, pixels, channels, groups, 4096)
     numbers = wide if uses.statistics else state
-    operands = (*(state,) * 7, *(numbers,) * 2, *(pixels * channels,) * 4)
+    dense, of_x = pixels * channels, pixels * (channels + uses.apart)
+    # In place of what is absent stands x.
+    strides = (of_x, *(dense if there else of_x for there in (uses.shift, uses.more)), dense)
+    operands = (*(state,) * 7, *(numbers,) * 2, *strides)
     flags = (False, uses.shift, uses.gain, uses.more, uses.relu, uses.statistics, 1e-5)
     bulk = _chosen(x_ptr=True, shift_ptr=uses.shift, residual_ptr=uses.more, out_ptr=True)
-    return bulk, operands, (pixels, channels, groups, *flags, *tiles), warps
+    return bulk, operands, (pixels, channels, groups, *flags, *tiles, uses.apart), warps
 
 
 def _vjp(dtype: str, groups: int, pixels: int, channels: int, uses: Uses) -> tuple[Any, ...]:
@@ -163,6 +173,7 @@ ENTRIES = (
         note="post",
     ),
     _entry("groupnorm", "bf16", 96, *STAGE, note="stage"),
+    _entry("groupnorm", "bf16", 96, (256, 32, Uses(statistics=False, apart=96)), note="apart"),
     _entry("groupnorm_vjp", "fp32", 32, (3136, 160, PLAIN)),
     _entry("groupnorm_vjp", "bf16", 32, (784, 64, Uses(parameters=True)), note="parameters"),
     _entry("groupnorm_vjp", "bf16", 96, *STAGE, note="stage"),

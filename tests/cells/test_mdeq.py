@@ -158,6 +158,31 @@ def test_convolutions_get_dense_maps_by_one_launch(device):
     torch.testing.assert_close(out, wanted)
 
 
+@kernels
+def test_convolutions_of_one_map_are_one(device):
+    """Of three resolutions: two for each block, two down, two up and one that follows, a final one for each.
+
+    Without gradients; the value is that of all alone, as an evaluation has it that products are asked of.
+    """
+    cell, x, _, z = setup((4, 4, 8), dtype=torch.float64 if device == "cpu" else torch.float32)
+    cell, x, z = cell.to(device), x.to(device), z.to(device)
+    with ambient("triton"):
+        with torch.no_grad():
+            u = cell.inject(x)
+            with Counter(z) as counter:
+                value = cell(z, u)
+            assert counter.now.operators["convolution"] == 3 * 2 + (2 + 2 + 1) + 3
+            with Counter(z) as counter:
+                wanted, _ = cell.vjp(z, u)
+            assert counter.now.operators["convolution"] == 3 * 2 + (3 + 3 + 1) + 3
+        torch.testing.assert_close(value, wanted)
+        torch.testing.assert_close(cell(z, cell.inject(x)), wanted)
+        u = cell.inject(x)
+        assert not any(weight.requires_grad for weight in u.joined)
+    with ambient("reference"):
+        assert cell.inject(x).joined == ()
+
+
 def names_of(call):
     class Names(TorchDispatchMode):
         seen: list[str] = []  # noqa: RUF012

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import group_norm
 
 from triton_deq.ops import groupnorm as op
+from triton_deq.ops import launch as launches
 from triton_deq.reference import groupnorm as reference
 from triton_deq.verification import BOUNDS, Case, check_groupnorm
 from triton_deq.verification.case import relative_error
@@ -235,6 +236,20 @@ def test_maps_of_other_kinds_side_by_side(odd, backend, device):
     if odd == "gradient":
         (found[1][0].sum() + products[1][0].square().sum()).backward()
         assert given[1].x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(3, 4), (1, 4), (4, 1), (1, 1)])
+def test_some_channels_of_a_map(size, backend, monkeypatch, device):
+    """As a convolution gives them that serves several; read as they lie where that can be seen."""
+    whole = maps(2, 10, *size, device=device)
+    some = whole[:, 2:6]
+    copied, real = [], op.laid
+    monkeypatch.setattr(launches, "laid", lambda x: copied.append(x) or real(x))
+    with torch.no_grad():
+        value = op.groupnorm(some, 2, relu=True, backend=backend)
+    assert value.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(value, group_norm(some, 2).relu())
+    assert not (copied and size[1] > 1)
 
 
 def test_value_in_the_place_of_x(backend, monkeypatch, device):

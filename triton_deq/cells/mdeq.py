@@ -36,12 +36,15 @@ class MDEQInjection(NamedTuple):
         weights: of every convolution: weight normalisation and autocast's casts are done once for all steps.
         masks: of the dropout, `[B, C_i]` for each resolution, or None.
         scales: how a packed state is cut.
+        joined: where kernels serve, the weights by which several convolutions of one map are one; nobody asks
+            for gradients in them.
     """
 
     shift: Tensor
     weights: tuple[Tensor, ...]
     masks: tuple[Tensor, ...] | None
     scales: tuple[Scale, ...]
+    joined: tuple[Tensor, ...] = ()
 
 
 class MDEQCell(nn.Module):
@@ -106,6 +109,7 @@ class MDEQCell(nn.Module):
         for place, unit in enumerate(self._units):
             unit.place = place
         self._paths = self._crossing()
+        self._joins = self._joining()
         for unit in self._units:
             nn.init.normal_(unit.conv.weight, 0, init_std)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,6 +141,13 @@ class MDEQCell(nn.Module):
             if source != target
         }
 
+    def _joining(self) -> list[list[tuple[int, int]]]:
+        """The paths that begin with convolutions of one map and one kind, which can be one."""
+        joins: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        for target, source in self._paths:
+            joins.setdefault((source, target > source), []).append((target, source))
+        return list(joins.values())
+
     # ------------------------------------------------------------------------------- once a solve
 
     def inject(self, x: Tensor) -> MDEQInjection:
@@ -155,7 +166,8 @@ class MDEQCell(nn.Module):
             Scale(each, height >> place, width >> place) for place, each in enumerate(self.channels)
         )
         shift = x.contiguous(memory_format=torch.channels_last)
-        return MDEQInjection(shift, self._weights(x.device.type), self._masks(x), scales)
+        weights = self._weights(x.device.type)
+        return MDEQInjection(shift, weights, self._masks(x), scales, self._joined(x, weights))
 
     def initial_state(self, u: MDEQInjection) -> Tensor:
         """Zeros, `[B, N]`."""
@@ -190,6 +202,15 @@ class MDEQCell(nn.Module):
             weight = unit.conv.weight if cast is None else unit.conv.weight.to(cast)
             weights.append(weight.contiguous(memory_format=torch.channels_last))
         return tuple(weights)
+
+    def _joined(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not kernels_serve(x, "auto", autocast=True):
+            return ()
+        found = []
+        for join in self._joins:
+            parts = [weights[self._paths[ends][0].place].detach() for ends in join]
+            found.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return tuple(found)
 
     def _masks(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Variational dropout (Gal & Ghahramani, arXiv 1506.02142) of whole channels: 0 or 1 / (1 − p)."""
@@ -254,11 +275,13 @@ class MDEQCell(nn.Module):
         branches = walk(for_products(maps, u.weights[0].dtype), blocks, advance)
         if alone:
             return branches
-        crossed = walk(
-            [branches[source] for _, source in self._paths],
-            [[unit.step() for unit in path] for path in self._paths.values()],
-            advance,
-        )
+        paths = {ends: [unit.step() for unit in path] for ends, path in self._paths.items()}
+        if u.joined and kept is None and not tracked():
+            starts = self._first_products(branches, u)
+            paths = {ends: [path[0]._replace(unit=None), *path[1:]] for ends, path in paths.items()}
+        else:
+            starts = [branches[source] for _, source in paths]
+        crossed = walk(starts, [*paths.values()], advance)
         crossed_to = list(zip(self._paths, crossed, strict=True))
         fused = fusion_each(
             [
@@ -270,6 +293,17 @@ class MDEQCell(nn.Module):
             kept.fused.extend(fused)
         last = [[unit.step(out=place)] for unit, place in zip(self.post, places, strict=True)]
         return walk(fused, last, advance)
+
+    def _first_products(self, branches: list[Tensor], u: MDEQInjection) -> list[Tensor]:
+        """What the first convolution of each path gives: some channels of what a joined one gives."""
+        products: dict[tuple[int, int], Tensor] = {}
+        for join, weight in zip(self._joins, u.joined, strict=True):
+            units = [self._paths[ends][0] for ends in join]
+            conv = units[0].conv
+            product = functional.conv2d(branches[join[0][1]], weight, None, conv.stride, conv.padding)
+            parts = product.split([unit.conv.out_channels for unit in units], dim=1)
+            products.update(zip(join, parts, strict=True))
+        return [products[ends] for ends in self._paths]
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, dropout={self.dropout}"
@@ -484,12 +518,20 @@ def forwards(
         for x, (_, norm, around) in zip(maps, steps, strict=True)
     ]
     if kept is None and not tracked() and kernels_serve(maps[0], "auto", autocast=True):
-        # All that is normalised was made on the way, and nobody reads it again: the value takes its place.
-        given = [each if each.out is not None else each._replace(out=each.x) for each in given]
+        given = [in_place(each) for each in given]
     found = groupnorm_each(given, statistics=kept is not None)
     if kept is not None:
         kept.norms.update((step.norm, held) for step, (_, held) in zip(steps, found, strict=True))
     return [value for value, _ in found]
+
+
+def in_place(given: Map) -> Map:
+    """With the value in the place of x, which was made on the way and which nobody reads again.
+
+    Not where x is some channels of a map: the next convolution wants them dense.
+    """
+    spare = given.out is None and given.x.is_contiguous(memory_format=torch.channels_last)
+    return given._replace(out=given.x) if spare else given
 
 
 def backwards(

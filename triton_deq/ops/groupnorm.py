@@ -20,6 +20,7 @@ from ..reference.groupnorm import Gradients, Normalised
 from ..reference.record import accumulate_dtype
 from .launch import (
     Part,
+    channels_of,
     fresh,
     kernels_serve,
     laid,
@@ -75,7 +76,8 @@ def groupnorm(
     but x may be left out, the relu too.
 
     Args:
-        x: `[B, C, H, W]`, floating; channels-last is read as it lies, however far apart samples are.
+        x: `[B, C, H, W]`, floating; channels-last is read as it lies, however far apart samples are, and if
+            they are some channels of such a map.
         groups: G, which divides C.
         gain, offset: γ and β `[C]`, both or neither.
         mask: m `[B, C]`, as of a dropout of whole channels; no gradient reaches it.
@@ -223,7 +225,7 @@ def groupnorm_vjp_fwd(
 
 def _forward(given: Map, statistics: bool) -> Part:
     x, groups, gain, offset, mask, shift, residual, relu, epsilon, out = given
-    x, residual = laid(x), None if residual is None else laid(residual)
+    (x, apart), residual = channels_of(x), None if residual is None else laid(residual)
     shift = None if shift is None else laid(shift)
     value = out if out is not None and laid(out) is out else fresh(x)
     mean = inverse = None
@@ -244,7 +246,7 @@ def _forward(given: Map, statistics: bool) -> Part:
     )
     there = (each is not None for each in (mask, shift, gain, residual))
     tiles = _tiles(x.shape, x.dtype, groups, TILE)
-    constants = (*tiles.sizes, *there, relu, statistics, float(epsilon), *tiles.tile)
+    constants = (*tiles.sizes, *there, relu, statistics, float(epsilon), *tiles.tile, apart)
     return Part(operands, constants, tiles.programs, tiles.warps, (value, mean, inverse))
 
 

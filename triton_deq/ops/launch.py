@@ -273,6 +273,16 @@ def laid(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def channels_of(x: Tensor) -> tuple[Tensor, int]:
+    """A map as `laid` gives it, or channels of such a map, and how many others lie between its pixels."""
+    _, channels, height, width = x.shape
+    pixel = x.stride(3)
+    inside = x.stride(1) == 1 and channels > 1 and width > 1 and pixel > channels
+    if inside and (height == 1 or x.stride(2) == width * pixel):
+        return x, pixel - channels
+    return laid(x), 0
+
+
 def sample_stride(x: Tensor) -> int:
     """How far apart the samples of such a map begin; of a single one it means nothing."""
     return x.stride(0) if x.shape[0] > 1 else x.numel()

@@ -31,7 +31,10 @@ def check_groupnorm(case: Case) -> Iterator[Row]:
     out = torch.full_like(x, torch.nan)
     given = op.Map(x, GROUPS, gain, offset, mask, shift, residual, True, 1e-5, out)
     beside_x, beside_vector = (_maps(case, batch, 2 * LEAST, 3 * GROUPS, stream) for stream in (9, 10))
-    (value, mean, inverse), second_map = op.groupnorm_fwd([given, op.Map(beside_x, GROUPS)])
+    some = _maps(case, batch, 2 * LEAST, 5 * GROUPS, 11)[:, GROUPS : 3 * GROUPS]
+    (value, mean, inverse), second_map, (of_some, *_) = op.groupnorm_fwd(
+        [given, op.Map(beside_x, GROUPS), op.Map(some, GROUPS)]
+    )
     held = Normalised(x, gain, mask, shift, mean, inverse, value)
     beside_held = Normalised(beside_x, None, None, None, *second_map[1:], None)
     product, beside_product = op.groupnorm_vjp_fwd([vector, beside_vector], [held, beside_held], True)
@@ -65,6 +68,8 @@ def check_groupnorm(case: Case) -> Iterator[Row]:
     found_value, found_product = second_map[0], beside_product.x
     yield row(case, "groupnorm", "groupnorm", "beside", relative_error(found_value, expected.detach()))
     yield row(case, "groupnorm", "groupnorm_vjp", "beside", relative_error(found_product, gradient))
+    expected = reference.groupnorm(some.double(), GROUPS)[0]
+    yield row(case, "groupnorm", "groupnorm", "of some channels", relative_error(of_some, expected))
 
     total = (gradients[0] * along.double()).sum() + (gradients[2] * beside.double()).sum()
     derivatives = torch.autograd.grad(total, (wide_x, wide_shift, wide_vector, wide_gain))

@@ -192,6 +192,7 @@ def pull(
     x_stride,
     shift_stride,
     value_stride,
+    of_x_stride,
     P: tl.constexpr,
     C: tl.constexpr,
     G: tl.constexpr,
@@ -205,11 +206,14 @@ def pull(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """`(g − mean(g) − n mean(g n)) / σ` with `g = γ ⊙ v`, v the vector where value > 0; m times that.
 
     vector, x, shift, value: [B, P, C], samples a stride of their own apart; the rest as in `normalise`
-    of_x, with SUM of_sum, with OTHER v: [B, P, C], dense    sums: [B, 2, C], of v and v n, with PARAMETERS
+    of_x: the same    with SUM of_sum, with OTHER v: [B, P, C], dense    sums: [B, 2, C], of v and v n, with
+    PARAMETERS
+    of_x may be some channels of a map that has APART more.
     """
     CG: tl.constexpr = C // G
     N: tl.constexpr = P * CG
@@ -257,7 +261,8 @@ def pull(
             tl.store(of_sum_ptr + out, of_sum, mask=inside)
         if MASK:
             of_sum *= scale[None, :]
-        tl.store(of_x_ptr + out, of_sum, mask=inside)
+        of_x_offsets = offsets + (start + tl.arange(0, ROWS))[:, None] * APART
+        tl.store(of_x_ptr + sample * of_x_stride + of_x_offsets, of_sum, mask=inside)
 
 
 @triton.jit

@@ -249,7 +249,7 @@ def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
         flags = (values[name] for name in ("G", "SHIFT", "GAIN", "RELU"))
         groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held(x, *flags))
         return
-    maps, products = [], []
+    maps, products, outs = [], [], []
     for pixels, channels, groups, _, shift, gain, *flags in values["CONSTANTS"]:
         x = map_of(pixels, channels)
         if kernel == "groupnorm":
@@ -259,12 +259,13 @@ def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
             some = map_of(pixels, channels + apart)[:, :channels] if apart else x
             maps.append(Map(some, groups, gains, gains, None, *beside, relu, epsilon))
         else:
-            relu, _, _, parameters, *_ = flags
+            relu, _, _, parameters, *_, apart = flags
             products.append((x, held(x, groups, shift, gain, relu)))
+            outs.append(map_of(pixels, channels + apart)[:, :channels] if apart else None)
     if maps:
         groupnorm.groupnorm_fwd(maps, statistics)
     else:
-        groupnorm.groupnorm_vjp_fwd(*zip(*products, strict=True), parameters)
+        groupnorm.groupnorm_vjp_fwd(*zip(*products, strict=True), parameters, outs)
 
 
 def call_fusion(entry: Entry, state: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ class Uses:
     """What an op is asked for.
 
     more: with a residual, or in the second derivatives with its gradient. apart: how many channels of others
-    lie between its pixels.
+    lie between its pixels, or in the product between those of its result.
     """
 
     shift: bool = False
@@ -88,13 +88,14 @@ def _vjp(dtype: str, groups: int, pixels: int, channels: int, uses: Uses) -> tup
     """The same of its product."""
     state, wide = Pointer(dtype), _wide(dtype)
     tiles, warps = _tiles(dtype, pixels, channels, groups, 4096)
-    operands = (*(state,) * 5, *(wide,) * 2, *(state,) * 4, wide, *(pixels * channels,) * 4)
+    dense, of_x = pixels * channels, pixels * (channels + uses.apart)
+    operands = (*(state,) * 5, *(wide,) * 2, *(state,) * 4, wide, *(dense,) * 4, of_x)
     flags = (False, uses.shift, uses.gain, uses.relu, False, uses.relu, uses.parameters)
     relu = uses.relu
     bulk = _chosen(
         vector_ptr=True, x_ptr=True, shift_ptr=uses.shift, value_ptr=relu, of_x_ptr=True, v_ptr=relu
     )
-    return bulk, operands, (pixels, channels, groups, *flags, *tiles), warps
+    return bulk, operands, (pixels, channels, groups, *flags, *tiles, uses.apart), warps
 
 
 def _second(dtype: str, pixels: int, channels: int, groups: int, uses: Uses) -> tuple[Any, ...]:
@@ -177,6 +178,7 @@ ENTRIES = (
     _entry("groupnorm_vjp", "fp32", 32, (3136, 160, PLAIN)),
     _entry("groupnorm_vjp", "bf16", 32, (784, 64, Uses(parameters=True)), note="parameters"),
     _entry("groupnorm_vjp", "bf16", 96, *STAGE, note="stage"),
+    _entry("groupnorm_vjp", "bf16", 96, (256, 32, Uses(apart=96)), note="apart"),
     _entry("groupnorm_second", "fp32", 32, (3136, 160, PLAIN)),
     _entry("groupnorm_second", "bf16", 32, (784, 64, TAIL), note="tail"),
 )

@@ -173,8 +173,12 @@ def test_convolutions_of_one_map_are_one(device):
                 value = cell(z, u)
             assert counter.now.operators["convolution"] == 3 * 2 + (2 + 2 + 1) + 3
             with Counter(z) as counter:
-                wanted, _ = cell.vjp(z, u)
+                wanted, pullback = cell.vjp(z, u)
             assert counter.now.operators["convolution"] == 3 * 2 + (3 + 3 + 1) + 3
+            with Counter(z) as counter:
+                product = pullback(z)
+            assert counter.now.operators["convolution"] == 3 * 2 + (2 + 2 + 1) + 3
+        torch.testing.assert_close(product, pullback(z))  # with gradients: each alone
         torch.testing.assert_close(value, wanted)
         torch.testing.assert_close(cell(z, cell.inject(x)), wanted)
         u = cell.inject(x)

@@ -252,6 +252,20 @@ def test_some_channels_of_a_map(size, backend, monkeypatch, device):
     assert not (copied and size[1] > 1)
 
 
+@pytest.mark.parametrize("size", [(3, 4), (4, 1)])
+def test_a_product_into_some_channels_of_a_map(size, backend, device):
+    with torch.no_grad():
+        given = [maps(2, 4, *size, device=device) for _ in range(2)]
+        held = [evaluated(x, 2, backend=backend)[1] for x in given]
+        whole = maps(2, 10, *size, device=device).fill_(math.nan)
+        place = whole[:, 3:7]
+        wanted = [of_x for of_x, _ in op.groupnorm_vjp_each(given, held, backend)]
+        found = op.groupnorm_vjp_each(given, held, backend, [None, place])
+    assert found[1][0] is place
+    torch.testing.assert_close([of_x for of_x, _ in found], wanted)
+    assert whole.isnan().sum() == whole.numel() * 6 // 10
+
+
 def test_value_in_the_place_of_x(backend, monkeypatch, device):
     """With groups of one tile, and of several."""
     (x, gain, offset, shift, residual), mask = tensors(device=device)

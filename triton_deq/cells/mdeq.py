@@ -317,6 +317,10 @@ class Step(NamedTuple):
     around: dict[str, Any]
 
 
+Advance = Callable[[list[Step], list[Tensor]], list[Tensor]]
+"""Takes values that do not wait for each other a step each."""
+
+
 class ConvNorm(nn.Module):
     """`GN(conv(x))` and what follows it, with the convolution's weight from u. fuses: between resolutions."""
 
@@ -347,12 +351,7 @@ class ConvNorm(nn.Module):
 
     def pull(self, vector: Tensor, u: MDEQInjection) -> Tensor:
         """From the gradient in the product to that in x."""
-        weight = u.weights[self.place]
-        # An even size, halved, could have been that size less one too.
-        more = 1 if self.conv.stride[0] == 2 else 0
-        return functional.conv_transpose2d(
-            vector.to(weight.dtype), weight, None, self.conv.stride, self.conv.padding, more
-        )
+        return transposed(self.conv, vector, u.weights[self.place])
 
 
 class Block(nn.Module):
@@ -423,16 +422,45 @@ class Pullback:
             of_fused = walk(of_branches, [[unit.step()] for unit in cell.post], advance)
             of_branches, of_crossed = self._parted(of_fused)
             of_fused.clear()
-            paths = [[unit.step() for unit in reversed(path)] for path in cell._paths.values()]
-            crossed = list(zip(cell._paths, walk(of_crossed, paths, advance), strict=True))
+            crossed = self._uncrossed(of_crossed, advance)
             of_branches = fusion_each(
                 [
-                    Sum(base, [term for (_, source), term in crossed if source == i], relu=False)
+                    Sum(base, [term for source, term in crossed if source == i], relu=False)
                     for i, base in enumerate(of_branches)
                 ]
             )
         of_maps = walk(of_branches, [block.steps()[::-1] for block in cell.blocks], advance)
         return [(of, of_residuals[block.second.norm]) for of, block in zip(of_maps, cell.blocks, strict=True)]
+
+    def _uncrossed(self, vectors: list[Tensor], advance: Advance) -> list[tuple[int, Tensor]]:
+        """From the gradients in what crossed to those in what it came from, each with its source."""
+        cell, u, paths = self.cell, self.u, self.cell._paths
+        back = [[unit.step() for unit in reversed(path)] for path in paths.values()]
+        if not u.joined or tracked():
+            found = walk(vectors, back, advance)
+            return [(source, term) for (_, source), term in zip(paths, found, strict=True)]
+        vectors = walk(vectors, [chain[:-1] for chain in back], advance)
+        held = [self.kept.norms[path[0].norm] for path in paths.values()]
+        shapes = {ends: each.x.shape for ends, each in zip(paths, held, strict=True)}
+        # The gradients in all parts of a joined product lie where those in the product are wanted.
+        wholes: list[Tensor] = []
+        places: dict[tuple[int, int], Tensor] = {}
+        for join in cell._joins:
+            batch, _, height, width = shapes[join[0]]
+            sizes = [shapes[ends][1] for ends in join]
+            whole = torch.empty(
+                (batch, sum(sizes), height, width),
+                dtype=held[0].x.dtype,
+                device=held[0].x.device,
+                memory_format=torch.channels_last,
+            )
+            wholes.append(whole)
+            places.update(zip(join, whole.split(sizes, dim=1), strict=True))
+        groupnorm_vjp_each(vectors, held, outs=[places[ends] for ends in paths])
+        return [
+            (join[0][1], transposed(paths[join[0]][0].conv, whole, weight))
+            for join, whole, weight in zip(cell._joins, wholes, u.joined, strict=True)
+        ]
 
     def _parted(self, vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """From the gradients in the sums to those in each resolution's own term, and in what crossed."""
@@ -471,6 +499,13 @@ def tracked() -> bool:
     return torch.is_grad_enabled() or transformed()
 
 
+def transposed(conv: Any, vector: Tensor, weight: Tensor) -> Tensor:
+    """From the gradient in a convolution's value to that in what it took."""
+    # An even size, halved, could have been that size less one too.
+    more = 1 if conv.stride[0] == 2 else 0
+    return functional.conv_transpose2d(vector.to(weight.dtype), weight, None, conv.stride, conv.padding, more)
+
+
 def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Maps as convolutions read them, dense and of their dtype, where each would make its own so itself."""
     first = maps[0]
@@ -486,7 +521,7 @@ def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def walk(
     values: list[Tensor],
     chains: Sequence[Sequence[Step]],
-    advance: Callable[[list[Step], list[Tensor]], list[Tensor]],
+    advance: Advance,
 ) -> list[Tensor]:
     """Take each value along its chain of steps, in the list that they are in.
 

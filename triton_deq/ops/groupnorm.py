@@ -151,9 +151,15 @@ def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tu
 
 
 def groupnorm_vjp_each(
-    vectors: Sequence[Tensor], held: Sequence[Normalised], backend: str = "auto"
+    vectors: Sequence[Tensor],
+    held: Sequence[Normalised],
+    backend: str = "auto",
+    outs: Sequence[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """`groupnorm_vjp` for each map, in shared launches like those of `groupnorm_each`."""
+    """`groupnorm_vjp` for each map, in shared launches like those of `groupnorm_each`.
+
+    outs: where the gradients in x are left, of x's shape and dtype; only without gradients.
+    """
     pairs = list(zip(vectors, held, strict=True))
     for vector, of in pairs:
         if vector.shape != of.x.shape:
@@ -163,8 +169,14 @@ def groupnorm_vjp_each(
             )
     served = [kernels_serve(vector, backend, autocast=True) for vector in vectors]
     if all(served) and _together((of.x for of in held), ((vector, *of[:4]) for vector, of in pairs)):
-        return [(found.x, found.other) for found in groupnorm_vjp_fwd(vectors, held)]
-    return [_pulled(*pair, does) for pair, does in zip(pairs, served, strict=True)]
+        return [(found.x, found.other) for found in groupnorm_vjp_fwd(vectors, held, outs=outs)]
+    products = [_pulled(*pair, does) for pair, does in zip(pairs, served, strict=True)]
+    if outs is None:
+        return products
+    return [
+        (of_x if out is None else out.copy_(of_x), other)
+        for (of_x, other), out in zip(products, outs, strict=True)
+    ]
 
 
 def _pulled(vector: Tensor, held: Normalised, served: bool) -> tuple[Tensor, Tensor]:
@@ -207,15 +219,22 @@ def groupnorm_fwd(maps: Sequence[Map], statistics: bool = True) -> list[tuple[Te
 
 
 def groupnorm_vjp_fwd(
-    vectors: Sequence[Tensor], held: Sequence[Normalised], parameters: bool = False
+    vectors: Sequence[Tensor],
+    held: Sequence[Normalised],
+    parameters: bool = False,
+    outs: Sequence[Tensor | None] | None = None,
 ) -> list[Gradients]:
     """`reference.groupnorm_vjp_fwd` of each map, by the kernel."""
-    parts = [_backward(vector, of, parameters) for vector, of in zip(vectors, held, strict=True)]
+    places: Sequence[Tensor | None] = [None] * len(held) if outs is None else outs
+    given = zip(vectors, held, places, strict=True)
+    parts = [_backward(vector, of, parameters, out) for vector, of, out in given]
     for grid, args, constants in shared(parts):
         launch(_kernels().groupnorm_vjp_kernel, grid, *args, **constants)
     found = []
-    for vector, of, part in zip(vectors, held, parts, strict=True):
+    for vector, of, part, out in zip(vectors, held, parts, places, strict=True):
         gradients, sums = part.result
+        if out is not None and gradients.x is not out:
+            gradients = gradients._replace(x=out.copy_(gradients.x))
         if parameters:
             of_offset, of_gain = sums.sum(0).to(vector.dtype if of.gain is None else of.gain.dtype)
             gradients = gradients._replace(gain=of_gain, offset=of_offset)
@@ -250,11 +269,13 @@ def _forward(given: Map, statistics: bool) -> Part:
     return Part(operands, constants, tiles.programs, tiles.warps, (value, mean, inverse))
 
 
-def _backward(vector: Tensor, held: Normalised, parameters: bool) -> Part:
+def _backward(vector: Tensor, held: Normalised, parameters: bool, out: Tensor | None) -> Part:
     x, gain, mask, shift, mean, inverse, value, residual = held
     vector, x = laid(vector), laid(x)
     shift, value = (None if each is None else laid(each) for each in (shift, value))
-    of_x = fresh(x)
+    of_x, apart = (fresh(x), 0) if out is None else channels_of(out)
+    if out is not None and of_x is not out:  # which no kernel writes to
+        of_x, apart = fresh(x), 0
     of_sum = of_x if mask is None else fresh(x)
     masked = value is not None and residual
     v = fresh(vector) if masked else vector
@@ -272,11 +293,11 @@ def _backward(vector: Tensor, held: Normalised, parameters: bool) -> Part:
         of_sum,
         v,
         sums,
-        *(sample_stride(x if each is None else each) for each in (vector, x, shift, value)),
+        *(sample_stride(x if each is None else each) for each in (vector, x, shift, value, of_x)),
     )
     there = (each is not None for each in (mask, shift, gain, value, mask))  # SUM for a mask, too
     tiles = _tiles(x.shape, x.dtype, mean.shape[1], TILE)
-    constants = (*tiles.sizes, *there, masked, parameters, *tiles.tile)
+    constants = (*tiles.sizes, *there, masked, parameters, *tiles.tile, apart)
     gradients = Gradients(of_x, of_sum, v, None, None)
     return Part(operands, constants, tiles.programs, tiles.warps, (gradients, sums))
 

@@ -176,7 +176,7 @@ ENTRIES = (
     _entry("groupnorm", "bf16", 96, *STAGE, note="stage"),
     _entry("groupnorm", "bf16", 96, (256, 32, Uses(statistics=False, apart=96)), note="apart"),
     _entry("groupnorm_vjp", "fp32", 32, (3136, 160, PLAIN)),
-    _entry("groupnorm_vjp", "bf16", 32, (784, 64, Uses(parameters=True)), note="parameters"),
+    traded(_entry("groupnorm_vjp", "bf16", 32, (784, 64, Uses(parameters=True)), note="parameters")),
     _entry("groupnorm_vjp", "bf16", 96, *STAGE, note="stage"),
     _entry("groupnorm_vjp", "bf16", 96, (256, 32, Uses(apart=96)), note="apart"),
     _entry("groupnorm_second", "fp32", 32, (3136, 160, PLAIN)),

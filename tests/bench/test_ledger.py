@@ -8,6 +8,7 @@ from bench import ledger
 from bench.ledger import count
 from triton_deq.inspection.roofline import DEVICES
 from triton_deq.ops.attention import Context, attention
+from triton_deq.ops.groupnorm import groupnorm
 from triton_deq.ops.norm import norm_value
 
 pytest.importorskip("triton")
@@ -65,6 +66,17 @@ def test_launches_stand_for_their_tensors():
     made = of(lambda: (torch.empty(6, 100),), norm_value)
     (line,) = made.lines.values()
     assert (line.kind, line.name, line.calls, line.traffic) == ("kernels", "norm", 1, 2 * 4 * 600)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("place", ["its own", "that of x"])
+def test_a_map_that_takes_its_own_value_is_read_and_written(place):
+    def call(x):
+        return groupnorm(x, 2, out=x if place == "that of x" else None)
+
+    made = of(lambda: (torch.empty(2, 4, 3, 5, memory_format=torch.channels_last),), call)
+    (line,) = (line for line in made.lines.values() if line.kind == "kernels")
+    assert line.traffic == 2 * 4 * 120
 
 
 @pytest.mark.kernels

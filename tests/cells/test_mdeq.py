@@ -12,7 +12,7 @@ from tests.counters import Counter
 from triton_deq.backend import ambient
 from triton_deq.cells import MDEQCell
 from triton_deq.cells.layers import normalise_kernels
-from triton_deq.cells.mdeq import pack, unpack
+from triton_deq.cells.mdeq_layers import pack, unpack
 from triton_deq.deq import Injected
 
 kernels = pytest.mark.kernels

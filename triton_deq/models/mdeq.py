@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cells.mdeq import MDEQCell, MDEQInjection, Scale, pack, unpack
+from ..cells.mdeq import MDEQCell
+from ..cells.mdeq_layers import MDEQInjection, Scale, pack, unpack
 from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius

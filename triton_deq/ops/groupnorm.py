@@ -6,7 +6,7 @@ Inside torch.compile and in the transforms of torch.func the ordinary operators 
 of them. Autocast changes nothing: statistics are wide anyway, and the value has x's dtype.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -108,11 +108,12 @@ def groupnorm_each(
     """
     for given in maps:
         _check(given)
-    served = [kernels_serve(given.x, backend, autocast=True) for given in maps]
-    if all(served) and _together((given.x for given in maps), (given.inputs for given in maps)):
+    if _together([given.x for given in maps], backend) and not any(
+        _differentiated(each.inputs) for each in maps
+    ):
         found = groupnorm_fwd(maps, statistics)
     else:
-        found = [_evaluated(given, does, statistics) for given, does in zip(maps, served, strict=True)]
+        found = [_evaluated(given, backend, statistics) for given in maps]
     return [
         (value, Normalised(*held, mean, inverse, value if given.relu else None, given.residual is not None))
         for given, (value, mean, inverse) in zip(maps, found, strict=True)
@@ -120,8 +121,9 @@ def groupnorm_each(
     ]
 
 
-def _evaluated(given: Map, served: bool, statistics: bool) -> tuple[Tensor, Any, Any]:
+def _evaluated(given: Map, backend: str, statistics: bool) -> tuple[Tensor, Any, Any]:
     """Value, μ and 1/σ of one map."""
+    served = kernels_serve(given.x, backend, autocast=True)
     if not served and (transformed() or given.x.numel() == 0):
         value, mean, inverse = reference.groupnorm(*given[:9])
         return (value if given.out is None else given.out.copy_(value)), mean, inverse
@@ -167,10 +169,10 @@ def groupnorm_vjp_each(
                 f"vector has shape {tuple(vector.shape)}, the value has {tuple(of.x.shape)}: give a vector "
                 "of that shape"
             )
-    served = [kernels_serve(vector, backend, autocast=True) for vector in vectors]
-    if all(served) and _together((of.x for of in held), ((vector, *of[:4]) for vector, of in pairs)):
+    tracked = any(_differentiated((vector, *of[:4])) for vector, of in pairs)
+    if _together(vectors, backend) and not tracked:
         return [(found.x, found.other) for found in groupnorm_vjp_fwd(vectors, held, outs=outs)]
-    products = [_pulled(*pair, does) for pair, does in zip(pairs, served, strict=True)]
+    products = [_pulled(*pair, backend) for pair in pairs]
     if outs is None:
         return products
     return [
@@ -179,8 +181,9 @@ def groupnorm_vjp_each(
     ]
 
 
-def _pulled(vector: Tensor, held: Normalised, served: bool) -> tuple[Tensor, Tensor]:
+def _pulled(vector: Tensor, held: Normalised, backend: str) -> tuple[Tensor, Tensor]:
     """The product of one map."""
+    served = kernels_serve(vector, backend, autocast=True)
     if not served and (transformed() or vector.numel() == 0):
         return reference.groupnorm_vjp(vector, held)
     if _differentiated((vector, *held[:4])):
@@ -195,9 +198,10 @@ def _vjp_of(served: bool, vector: Tensor, held: Normalised, parameters: bool = F
     return reference.groupnorm_vjp_fwd(vector, held, parameters)
 
 
-def _together(maps: Iterable[Tensor], inputs: Iterable[tuple[Tensor | None, ...]]) -> bool:
-    """Whether maps can share a launch, and nobody asks for a gradient."""
-    return len({x.device for x in maps}) == 1 and not any(map(_differentiated, inputs))
+def _together(maps: Sequence[Tensor], backend: str) -> bool:
+    """Whether the kernels serve all of these alike."""
+    served = bool(maps) and kernels_serve(maps[0], backend, *maps[1:], autocast=True)
+    return served and all(x.numel() for x in maps)
 
 
 def _differentiated(inputs: tuple[Tensor | None, ...]) -> bool:

@@ -35,6 +35,60 @@ def test_norm_in_the_mean(distribution):
     assert standard_error < 0.05 * wanted
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As on a CPU where nobody interprets: PyTorch draws the probes."""
+    monkeypatch.setattr("triton_deq.backend.interpreting", lambda: False)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_probes_where_no_kernel_can_run_are_what_pytorch_draws(without_kernels, distribution):
+    f, *_ = tanh_map(3, 6)
+    z = torch.randn(3, 6, dtype=torch.float64)
+    jacobians = full_jacobians(f, z)
+    generator = torch.Generator().manual_seed(1)
+    again = torch.Generator().manual_seed(1)
+    for probes in (1, 2):
+        norm = td.jacobian_norm(f, z, probes, distribution, generator)
+        if distribution == "gaussian":
+            drawn = [torch.randn(3, 6, generator=again, dtype=z.dtype) for _ in range(probes)]
+        else:
+            drawn = [2 * torch.randint(2, (3, 6), generator=again) - 1.0 for _ in range(probes)]
+        wanted = [torch.einsum("bi,bij->bj", vector.double(), jacobians).square().sum() for vector in drawn]
+        torch.testing.assert_close(norm, sum(wanted) / (18 * probes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_probes_where_no_kernel_can_run_have_variance_one(without_kernels, distribution, dtype):
+    """The estimate of the identity's norm is the probe's mean square, in f's dtype."""
+    z = torch.zeros(16, 64, dtype=dtype)
+    torch.manual_seed(2)
+    norms = td.jacobian_norm(lambda z: z + 0, z, 8, distribution, reduction="none")
+    assert norms.dtype == torch.float32
+    deviation = norms - 1
+    if distribution == "rademacher":
+        assert deviation.abs().max() == 0
+    else:  # the variance of a mean of 512 squares is 2 / 512
+        assert 0 < deviation.abs().max() < 5 * math.sqrt(2 / 512)
+
+
+def test_norm_where_no_kernel_can_run_under_torch_compile(without_kernels):
+    f, weight, _ = tanh_map(2, 5)
+    z = torch.randn(2, 5, dtype=torch.float64)
+
+    def norm(z):
+        return td.jacobian_norm(f, z, 2)
+
+    values, gradients = [], []
+    for call in (norm, torch.compile(norm, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        values.append(call(z))
+        gradients.append(torch.autograd.grad(values[-1], weight)[0])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+
+
 def test_norm_with_both_backends_is_the_same_number(device):
     f, *_ = tanh_map(2, 7, device=device)
     z = torch.randn(2, 7, dtype=torch.float64, device=device)

@@ -69,6 +69,11 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
     return "triton", "interpreted kernels" if tensor.device.type == "cpu" else "the tensor is on a GPU"
 
 
+def kernels_can(tensor: Tensor) -> bool:
+    """Whether kernels can run on this tensor at all, whatever was asked for."""
+    return not _obstacle(tensor)
+
+
 def _obstacle(tensor: Tensor) -> str:
     """What keeps the kernels from running on this tensor; empty if nothing does."""
     kind = tensor.device.type

@@ -22,6 +22,7 @@ from .checks import (
     explain_compiled,
 )
 from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
+from .reference import jacobian as reference
 from .reference.record import accumulate_dtype
 
 Function = Callable[[Tensor], Tensor]
@@ -58,8 +59,9 @@ def jacobian_norm(
             that of f(z), and the norms are summed in z's accumulation dtype.
         probes: M, how many random vectors.
         distribution: of their entries: "gaussian", or "rademacher" (±1), whose variance is lower.
-        generator: where the seed comes from; by default the global generator of z's device. One seed is
-            drawn per call, and the probes are made from it.
+        generator: where randomness comes from; by default the global generator of z's device. Where kernels
+            can run, one seed a call, from which kernels and reference make the same probes; elsewhere, as
+            on a CPU, the probes themselves, as `torch.randn` draws them.
         backend: "auto", "triton" or "reference".
         reduction: "mean", or "none" for each sample's own estimate `1/(M·N) Σ_m ‖ε_mbᵀ J_b‖²`.
 
@@ -70,16 +72,16 @@ def jacobian_norm(
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
     name = _check_estimate(z, probes, distribution, generator, backend, reduction)
-    seed = draw_seed(z.device, generator)
+    draw = _Probes(z, distribution, generator, name)
     fused = getattr(f, "jacobian_norms", None)
     if fused is not None and name == "triton":
-        norms = fused(z, seed, probes, distribution)
+        norms = fused(z, draw.seed, probes, distribution)
         if norms is not None:
             return _reduce(norms, z, reduction)
     closed = closed_vjp(f)
     value, pullback = vjp(f, z) if closed is None else closed(z)
     check_value(value, z, same_dtype=False)
-    vectors = [probe(value, seed, index, distribution, name) for index in range(probes)]
+    vectors = [draw(value, index) for index in range(probes)]
     if closed is None:
         norms = torch.stack([squared_norm(pullback(vector), name) for vector in vectors])
     else:  # All probes at once; one alone need not be copied.
@@ -126,10 +128,10 @@ def jacobian_norm_of(
     name = _check_estimate(z, probes, distribution, generator, backend, reduction)
     check_value(value, z, same_dtype=False, name="value")
     check_graph(value, z)
-    seed = draw_seed(z.device, generator)
+    draw = _Probes(z, distribution, generator, name)
     norms = []
     for index in range(probes):
-        vector = probe(value, seed, index, distribution, name)
+        vector = draw(value, index)
         product = check_reached(_engine_product(value, z, vector, create_graph=torch.is_grad_enabled()))
         explain_compiled(product)
         norms.append(squared_norm(product, name))
@@ -206,10 +208,27 @@ def _engine_product(value: Tensor, z: Tensor, vector: Tensor, create_graph: bool
     )[0]
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """An int64 seed `[1]` on `device`, without the host waiting where the generator is there too."""
-    at = generator.device if generator is not None else device
-    return torch.randint(2**63 - 1, (1,), generator=generator, device=at).to(device)
+class _Probes:
+    """The probes of one estimate: ε like a value, by its index.
+
+    They come from one seed, int64 `[1]` on z's device, where kernels can run: those and the reference then
+    make the same ones. Where none can, nothing is to be compared, and PyTorch draws them in a fraction of
+    the time. The host waits for neither, if the generator is on z's device.
+    """
+
+    def __init__(self, z: Tensor, distribution: str, generator: torch.Generator | None, name: str):
+        self.distribution = distribution
+        self.generator = generator
+        self.name = name
+        self.seed: Tensor | None = None
+        if backends.kernels_can(z):
+            at = generator.device if generator is not None else z.device
+            self.seed = torch.randint(2**63 - 1, (1,), generator=generator, device=at).to(z.device)
+
+    def __call__(self, value: Tensor, index: int) -> Tensor:
+        if self.seed is None:
+            return reference.drawn_probe(value, self.distribution, self.generator)
+        return probe(value, self.seed, index, self.distribution, self.name)
 
 
 def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:

@@ -46,6 +46,15 @@ def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype:
     return out.view(-1)[:total].view(shape)
 
 
+def drawn_probe(like: Tensor, distribution: str, generator: torch.Generator | None) -> Tensor:
+    """A random probe of `like`'s shape, dtype and device as PyTorch draws it, which no kernel can repeat."""
+    at = generator.device if generator is not None else like.device
+    if distribution == "rademacher":
+        entries = torch.randint(2, like.shape, generator=generator, dtype=like.dtype, device=at)
+        return entries.mul_(2).sub_(1).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=at).to(like.device)
+
+
 def uniform(shape: torch.Size, seed: Tensor) -> Tensor:
     """Numbers of [0, 1) in float32 on the seed's device, from the upper 24 bits of the first word each.
 

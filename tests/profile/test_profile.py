@@ -224,6 +224,30 @@ def test_what_a_cpu_cannot_do_is_a_reason(toys, monkeypatch):
             assert row["compile_ms"] is not None
 
 
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_pure_bf16_narrows_parameters_inputs_and_state_of_both_sides(toys, mode):
+    common = ("--against", "profiled_toys:network", "--mode", mode, "--batch", "2", "--nfe", "8")
+    dtypes = ("--image-size", "8", "--dtype", "pure-bf16,bf16,fp32")
+    assert profile("--model", "profiled_toys:deq", *common, *dtypes) == 0
+    pure, pure_peer, autocast, autocast_peer, wide, wide_peer = rows()
+    for narrow, mixed, full in ((pure, autocast, wide), (pure_peer, autocast_peer, wide_peer)):
+        assert [row["error"] for row in (narrow, mixed, full)] == [None] * 3
+        assert narrow["dtype"] == "pure-bf16"
+        assert narrow["operators"] < mixed["operators"]  # nothing is cast
+        assert narrow["peak_bytes"] < full["peak_bytes"]
+        assert narrow["parameters"] == full["parameters"]
+        assert narrow["shape"] == full["shape"]
+    assert pure["residual"] > 10 * wide["residual"]  # the state's own rounding
+    assert set(pure["parts"]) == set(wide["parts"])
+
+
+def test_pure_bf16_language_model_takes_a_memory_in_it(toys):
+    common = ("--mode", "inference", "--batch", "1", "--nfe", "2")
+    assert profile("--model", "tiny", "--against", "none", *common, "--dtype", "pure-bf16") == 0
+    (row,) = rows()
+    assert row["error"] is None
+
+
 def test_a_sweep_goes_on_when_memory_runs_out(toys):
     against = ("--against", "profiled_toys:large", "--mode", "inference", "--image-size", "8")
     assert profile("--model", "profiled_toys:deq", *against, "--batch", "4,1") == 0

@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S|HxW|CxHxW",
         help="of the images (default: the configuration's; 3x32x32 for a factory without example_input)",
     )
-    parser.add_argument("--dtype", type=_choices(DTYPES), default=("fp32",), help="fp32,bf16 (autocast)")
+    parser.add_argument(
+        "--dtype",
+        type=_choices(DTYPES),
+        default=("fp32",),
+        help="fp32,bf16 (autocast),pure-bf16 (parameters and inputs, too, and so the state of a DEQ)",
+    )
     parser.add_argument(
         "--execution",
         type=_choices(EXECUTIONS),

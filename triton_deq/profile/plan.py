@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("inference", "training")
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "pure-bf16")
+"""bf16: float32 parameters under autocast; pure-bf16: parameters, buffers and inputs are bfloat16."""
 EXECUTIONS = ("eager", "graph", "compile")
 SOLVERS = ("anderson", "broyden")
 

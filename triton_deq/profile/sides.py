@@ -1,5 +1,6 @@
 """The two models of a comparison, from their names."""
 
+import copy
 import importlib
 import os
 import sys
@@ -24,7 +25,7 @@ from ..models import (
 from ..solvers import Anderson, Broyden
 from .peers import RESNETS, resnet, transformer_xl
 from .plan import Plan, Refusal, sentence
-from .tasks import Example, Images, Task, Tokens, prediction, shape_of
+from .tasks import Example, Images, Narrow, Task, Tokens, prediction, shape_of
 
 IMAGE = (3, 32, 32)
 """What a factory's model is fed with where nothing says otherwise."""
@@ -54,6 +55,13 @@ class Side:
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def in_dtype(self, dtype: str) -> "Side":
+        """Itself; for pure-bf16 a copy whose parameters, buffers and inputs are bfloat16."""
+        if dtype != "pure-bf16":
+            return self
+        model = copy.deepcopy(self.model).to(torch.bfloat16)
+        return replace(self, model=model, task=Narrow(self.task, torch.bfloat16), deq=_first_deq(model))
 
 
 def find_sides(plan: Plan, device: torch.device, batch: int | None) -> list[Side]:
@@ -139,16 +147,24 @@ def _peer(
 def _side(
     plan: Plan, role: str, name: str, model: nn.Module, task: Task, note: str, device: torch.device
 ) -> Side:
-    deqs = [part for part in model.modules() if isinstance(part, DEQ)]
+    deqs = _deqs(model)
     probability = next((deq.penalty.probability for deq in deqs if deq.penalty is not None), None)
     for deq in deqs:
         configure(deq, plan)
-    side = Side(role, name, model.to(device), task, deqs[0] if deqs else None, probability, note)
+    side = Side(role, name, model.to(device), task, _first_deq(model), probability, note)
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         _initialise(side, plan, device)
     if len(deqs) > 1:
         side.note += f"; it has {len(deqs)} DEQs, and the first of them is taken apart"
     return side
+
+
+def _deqs(model: nn.Module) -> list[DEQ]:
+    return [part for part in model.modules() if isinstance(part, DEQ)]
+
+
+def _first_deq(model: nn.Module) -> DEQ | None:
+    return next(iter(_deqs(model)), None)
 
 
 def _initialise(side: Side, plan: Plan, device: torch.device) -> None:

@@ -72,13 +72,13 @@ def _prepare(side: Side, setting: Setting, plan: Plan, watch: Stopwatch) -> Meas
         measured.fail(reason_of(error))
         del error
     if not measured.calls:
-        side.model.zero_grad(set_to_none=True)
+        measured.side.model.zero_grad(set_to_none=True)
         _release(watch)
     return measured
 
 
 def _look(measured: Measured, setting: Setting, watch: Stopwatch) -> None:
-    side = measured.side
+    side = measured.side = measured.side.in_dtype(setting.dtype)
     step = Step(side, setting, watch)
     measured.shape = shape_of(step.arguments)
     seen = observe(step)

@@ -79,6 +79,28 @@ class Example:
         return moved if isinstance(moved, tuple) else (moved,)
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """Another task, whose floating inputs are of this dtype."""
+
+    task: Task
+    dtype: torch.dtype
+
+    @property
+    def unit(self) -> str:
+        return self.task.unit
+
+    @property
+    def per_sample(self) -> int:
+        return self.task.per_sample
+
+    def arguments(self, model: nn.Module, batch: int, device: torch.device) -> tuple[Any, ...]:
+        return tree_map(self._narrowed, self.task.arguments(model, batch, device))
+
+    def _narrowed(self, leaf: Any) -> Any:
+        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
 def shape_of(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     """Of the first tensor among them."""
     shapes = [tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]

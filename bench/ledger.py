@@ -282,11 +282,16 @@ def _steps(scale: str) -> dict[str, Callable[[], Call]]:
     steps: dict[str, Callable[[], Call]] = {
         "deq-transformer inference": partial(lm, plain, size, "inference", "triton"),
         "deq-transformer training": partial(lm, plain, size, "training", "triton"),
+        "deq-transformer training, bfloat16 state": partial(
+            lm, plain, size, "training", "triton", state_dtype=torch.bfloat16
+        ),
         "deq-transformer training penalised": partial(lm, penalised, size, "training", "triton"),
     }
     for each in images.GPU_SIZES[scale]:
         for mode in ("inference", "training"):
-            steps[f"{each.config} {mode}"] = partial(images.step, setting, each, mode, "triton", None)
+            step = partial(images.step, setting, each, mode, "triton", None)
+            steps[f"{each.config} {mode}"] = step
+            steps[f"{each.config} {mode}, bfloat16 state"] = partial(step, state_dtype=torch.bfloat16)
     return steps
 
 

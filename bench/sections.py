@@ -89,11 +89,14 @@ def _profile(call: Callable[[], object], device: torch.device) -> str:
 
 def versus(order: Order) -> int:
     """`triton-deq profile` of whole models in turns with ResNet-101 and with Transformer-XL."""
+    images = ["--model", "cifar10-large", "--nfe", "6", "--batch", "96"]
+    text = ["--model", "wikitext103-pre-ln-jr", "--nfe", "14", "--batch", "14", "--penalty", "off"]
     runs = [
-        ["--model", "cifar10-large", "--nfe", "6", "--batch", "96", "--execution", "eager,graph"],
-        ["--model", "wikitext103-pre-ln-jr", "--nfe", "14", "--batch", "14", "--penalty", "off"],
+        [*images, "--dtype", "bf16", "--execution", "eager,graph"],
+        [*images, "--dtype", "bf16-state,pure-bf16", "--execution", "graph", "--mode", "inference"],
+        [*text, "--dtype", "bf16,bf16-state"],
     ]
-    general = ["--dtype", "bf16", "--seconds", "2"]
+    general = ["--seconds", "2"]
     if order.scale == "tiny":
         runs = [["--model", "digits", "--nfe", "2", "--batch", "1", "--mode", "inference"]]
         general = ["--seconds", "0"]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import triton_deq as td
+from triton_deq.memory import peak_bytes
 
 
 def model(**options) -> td.DEQ:
@@ -80,6 +81,104 @@ def test_start_from_a_given_state():
     first = deq(x)
     again = deq(x, first.value.detach())
     assert again.solution.nfe == 1
+
+
+CELLS = {
+    "transformer": (lambda: td.TransformerCell(16, 2, 32, dropout=0.1, init_std=0.2), (3, 5, 16)),
+    "transformer, pre-norm": (
+        lambda: td.TransformerCell(18, 2, 32, pre_norm=True, dropout=0.1, init_std=0.2),
+        (3, 5, 18),
+    ),
+    "multiscale": (lambda: td.MDEQCell((4, 8), 2, dropout=0.1, init_std=0.05), (3, 4, 4, 4)),
+}
+
+
+def solved_and_differentiated(cell, x, autocast=True, **options):
+    """The output, and the gradient of a weighted sum of the value and of the penalty."""
+    deq = td.DEQ(cell, penalty=td.JacobianPenalty(1.0), **options)
+    cell.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        out = deq(x)
+    weights = torch.linspace(-1, 1, out.value.numel(), device=x.device).view_as(out.value)
+    ((out.value * weights).sum() + out.penalty).backward()
+    grads = [each.grad.flatten() for each in cell.parameters() if each.grad is not None]
+    return out, torch.cat(grads).clone()
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_narrow_state_rounds_little_more_than_autocast_does(name, backend, device):
+    """At three steps: these maps do not contract, and further on any rounding shows."""
+    make, shape = CELLS[name]
+    torch.manual_seed(0)
+    cell, x = make().to(device), torch.randn(shape, device=device)
+    options = {"tol": 0.0, "max_steps": 3, "gradient": td.PhantomGradient(), "backend": backend}
+    for solver in (td.Anderson(), td.Broyden(), td.Picard()) if backend == "reference" else (td.Anderson(),):
+        exact, of_exact = solved_and_differentiated(cell, x, autocast=False, solver=solver, **options)
+        wide, of_wide = solved_and_differentiated(cell, x, solver=solver, **options)
+        options["state_dtype"] = torch.bfloat16
+        narrow, of_narrow = solved_and_differentiated(cell, x, solver=solver, **options)
+        del options["state_dtype"]
+        assert [out.value.dtype for out in (wide, narrow)] == [torch.float32] * 2
+        assert [out.penalty.dtype for out in (wide, narrow)] == [torch.float32] * 2
+        assert [out.solution.value.dtype for out in (wide, narrow)] == [torch.float32, torch.bfloat16]
+        rounded, more = ((out.value - exact.value).norm() / exact.value.norm() for out in (wide, narrow))
+        assert more < 2 * rounded + 2**-8
+        rounded, more = ((of - of_exact).norm() / of_exact.norm() for of in (of_wide, of_narrow))
+        assert more < rounded + 0.15  # over many seeds autocast alone errs by up to 0.1
+
+
+def test_narrow_state_in_the_backward_solve(backend, device):
+    torch.manual_seed(0)
+    cell, x = CELLS["transformer"][0]().to(device), torch.randn(2, 3, 16, device=device)
+    options = {"tol": 5e-3, "gradient": td.ImplicitGradient(tol=5e-3), "backend": backend}
+    wide, of_wide = solved_and_differentiated(cell, x, **options)
+    narrow, of_narrow = solved_and_differentiated(cell, x, state_dtype=torch.bfloat16, **options)
+    for out in (wide, narrow):
+        assert out.solution.converged.all()
+        assert out.solution.backward.converged.all()
+    assert narrow.solution.backward.value.dtype == torch.bfloat16
+    assert (of_narrow - of_wide).norm() < 0.05 * of_wide.norm()
+
+
+@pytest.mark.kernels
+def test_narrow_state_halves_both_histories(device):
+    """The reference keeps them in float32."""
+    cell = td.TransformerCell(16, 2, 8).to(device)
+    x, peaks = torch.randn(8, 16, 16, device=device), []
+    for state_dtype in (None, torch.bfloat16):
+        deq = td.DEQ(cell, tol=0.0, max_steps=6, state_dtype=state_dtype, backend="triton")
+
+        def call(deq=deq):
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                deq(x)
+
+        peaks.append(peak_bytes(call, torch.device(device)))
+    history = 2 * 6 * x.numel()
+    assert peaks[0] - peaks[1] >= 2 * history
+
+
+def test_wide_state_around_a_cell_that_converts():
+    class Converting(td.MLPCell):
+        def forward(self, z, u):
+            return super().forward(z.float(), u).to(z.dtype)
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    deq = td.DEQ(Converting(6, 4), tol=1e-6, state_dtype=torch.float64)
+    out = deq(x)
+    assert out.value.dtype == torch.float32
+    assert out.solution.value.dtype == torch.float64
+    assert out.solution.converged.all()
+    out.value.sum().backward()
+
+
+def test_state_dtype_that_cannot_be():
+    for wrong in ("bf16", torch.int32, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match="state_dtype=.* must be"):
+            model(state_dtype=wrong)
+    with pytest.raises(RuntimeError, match="call the model under torch.autocast"):
+        model(state_dtype=torch.bfloat16)(torch.randn(5, 4))
 
 
 def test_with_the_kernels(backend, device):

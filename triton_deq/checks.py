@@ -127,6 +127,13 @@ def parse_count(least: int) -> Callable[[str], int]:
     return parse
 
 
+def check_floating_dtype(name: str, value: Any) -> None:
+    if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
+        raise TypeError(
+            f"{name}={value!r} must be None, torch.float16, torch.bfloat16, torch.float32 or torch.float64"
+        )
+
+
 def check_generator(generator: Any) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")

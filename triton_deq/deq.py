@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from .backend import BACKENDS
-from .checks import check_choice
+from .checks import check_choice, check_floating_dtype
 from .gradients import Gradient, ImplicitGradient, check_gradient, fixed_point
 from .jacobian import JacobianPenalty
+from .reference.record import accumulate_dtype
 from .solvers import Anderson, Solution, Solver
 from .solvers.graph_cache import GraphCache
 from .solvers.loop import check_solver
@@ -135,6 +136,9 @@ class DEQ(nn.Module):
             each solve.
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
+        state_dtype: of the state and the solver's history in both solves; None for z0's. `torch.bfloat16`
+            under autocast halves what the solver moves, and rounds little more than f does: the cell has to
+            return it, as those of this library do. The value comes back in z0's dtype.
         backend: "auto", "triton" or "reference".
 
     Raises:
@@ -156,6 +160,7 @@ class DEQ(nn.Module):
         graph: bool = False,
         gradient: Gradient | None = None,
         penalty: JacobianPenalty | None = None,
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ):
         super().__init__()
@@ -166,6 +171,8 @@ class DEQ(nn.Module):
             )
         if penalty is not None and not isinstance(penalty, JacobianPenalty):
             raise TypeError(f"penalty={penalty!r} must be a td.JacobianPenalty or None")
+        if state_dtype is not None:
+            check_floating_dtype("state_dtype", state_dtype)
         check_choice("backend", backend, BACKENDS)
         self.cell = cell
         self.penalty = penalty
@@ -180,6 +187,7 @@ class DEQ(nn.Module):
         self.compact = compact
         self.debug = debug
         self.graph = GraphCache() if graph else False
+        self.state_dtype = state_dtype
         self.backend = backend
 
     def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
@@ -193,28 +201,36 @@ class DEQ(nn.Module):
             z0 = self._initial_state(u)
         f = Injected(self.cell, u)
 
-        value, solution = fixed_point(
-            f,
-            z0,
-            self.solver,
-            tol=self.stopping.tol,
-            max_steps=self.stopping.max_steps,
-            residual=self.stopping.residual,
-            norm_over=self.stopping.norm_over,
-            check_every=self.stopping.check_every,
-            compact=self.compact,
-            debug=self.debug,
-            graph=self.graph,
-            gradient=self.gradient,
-            backend=self.backend,
-            return_solution=True,
-        )
+        try:
+            value, solution = fixed_point(
+                f,
+                z0 if self.state_dtype is None else z0.to(self.state_dtype),
+                self.solver,
+                tol=self.stopping.tol,
+                max_steps=self.stopping.max_steps,
+                residual=self.stopping.residual,
+                norm_over=self.stopping.norm_over,
+                check_every=self.stopping.check_every,
+                compact=self.compact,
+                debug=self.debug,
+                graph=self.graph,
+                gradient=self.gradient,
+                backend=self.backend,
+                return_solution=True,
+            )
+        except (RuntimeError, TypeError) as error:
+            if self.state_dtype is not None and "type" in str(error):
+                error.add_note(
+                    f"state_dtype={self.state_dtype}: the cell has to take and return states of that dtype: "
+                    "call the model under torch.autocast, or let the cell convert z and its value"
+                )
+            raise
         if self.penalty is not None and self.training and torch.is_grad_enabled():
             with backends.ambient(self.backend):
                 penalty = self.penalty(f, solution.value, self.backend)
         else:
-            penalty = value.new_zeros(())
-        return DEQOutput(value, solution, penalty, u)
+            penalty = value.new_zeros((), dtype=accumulate_dtype(value.dtype))
+        return DEQOutput(value.to(z0.dtype), solution, penalty, u)
 
     def _initial_state(self, u: Any) -> Tensor:
         initial_state: Any = getattr(self.cell, "initial_state", None)

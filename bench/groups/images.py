@@ -192,6 +192,8 @@ def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
         if setting.gpu and backend == "triton":
             graphed = partial(step, setting, size, mode, backend, None, graph=True)
             yield Variant(f"{name} graph", graphed, "cuda graph")
+            narrow = partial(graphed, state_dtype=torch.bfloat16)
+            yield Variant(f"{name} graph, bfloat16 state", narrow, "cuda graph")
         broyden = td.Broyden(memory=NFE)
         yield Variant(f"{name} broyden", partial(step, setting, size, mode, backend, broyden), backend)
     yield Variant("plain layer, textbook", partial(_plain_step, setting, size, mode))
@@ -200,11 +202,18 @@ def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
 
 
 def step(
-    setting: Setting, size: Size, mode: str, backend: str, solver: td.Broyden | None, graph: bool = False
+    setting: Setting,
+    size: Size,
+    mode: str,
+    backend: str,
+    solver: td.Broyden | None,
+    graph: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Call:
     """Inference or a training step of the model; graph: both solves in CUDA graphs."""
     given = _given(setting, size)
-    model = MDEQClassifier(size.configuration, solver=solver, graph=graph).to(setting.device)
+    model = MDEQClassifier(size.configuration, solver=solver, graph=graph, state_dtype=state_dtype)
+    model.to(setting.device)
     model.load_state_dict(given.model.state_dict())
     return _run(setting, size, mode, model, lambda images: model(images).logits, backend)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_deq.backend import ambient
 from triton_deq.models import CONFIGURATIONS, DEQTransformerLM, LanguageModelConfiguration, TransformerXL
+from triton_deq.models.transformer import LanguageModel
 from triton_deq.ops.attention import Context, attention, spare_columns
 from triton_deq.timing import Call
 
@@ -106,6 +107,8 @@ def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
         if setting.gpu and backend == "triton":
             graphed = partial(step, setting, base, size, mode, backend, graph=True)
             yield Variant(f"{name} graph", graphed, "cuda graph")
+            narrow = partial(graphed, state_dtype=torch.bfloat16)
+            yield Variant(f"{name} graph, bfloat16 state", narrow, "cuda graph")
         if mode == "training":  # the penalty falls in a third of the steps: here in all, and in none
             penalised = replace(base, penalty=1.0, penalty_probability=1.0)
             prepare = partial(step, setting, penalised, size, mode, backend)
@@ -144,6 +147,7 @@ def step(
     backend: str,
     compiled: bool = False,
     graph: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Call:
     """One segment with memory, through embedding and softmax; in training with all gradients.
 
@@ -151,8 +155,10 @@ def step(
     """
     torch.manual_seed(setting.seed)
     with setting.device:
-        stacked = configuration.layers > 0
-        model = TransformerXL(configuration) if stacked else DEQTransformerLM(configuration, graph=graph)
+        if configuration.layers:
+            model: LanguageModel = TransformerXL(configuration)
+        else:
+            model = DEQTransformerLM(configuration, graph=graph, state_dtype=state_dtype)
         model.train(mode == "training")
         tokens = torch.randint(configuration.vocabulary, (size.batch, 2 * size.length + 1))
     first, second = tokens[:, : size.length], tokens[:, size.length :]

@@ -103,6 +103,18 @@ def test_the_same_as_without_and_none_is_stale(initialiser, device):
     assert torch.equal(first.state, kept[1])
 
 
+def test_narrow_state_under_autocast(device):
+    plain, graphed = pair(device)
+    for model in (plain, graphed):
+        model.deq.state_dtype = torch.bfloat16
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+        for _ in range(3):
+            found = agree(plain, graphed, images(device), within=2e-2)
+    assert found.solution.path == "graph"
+    assert found.solution.value.dtype == torch.bfloat16
+    assert found.state.dtype == torch.float32
+
+
 def test_all_but_the_looks_is_replayed(device):
     """A stem or head that ran by itself would be seen by its modules."""
     _, graphed = pair(device)

@@ -424,3 +424,32 @@ def test_a_narrower_branch_is_widened_also_under_autocast(backend, device):
         torch.testing.assert_close(op.norm_value(x, branch, backend=backend), value)
         torch.testing.assert_close(op.norm(x, branch, backend=backend), (value, normal, inverse))
     torch.testing.assert_close(found[0], expected[0].float())
+
+
+@pytest.mark.kernels
+def test_a_wider_mask_is_read_as_it_is(device, monkeypatch):
+    """A state kept in float16, and the masks of a dropout, which belong to parameters in float32."""
+    launches = []
+    monkeypatch.setattr(op, "launch", lambda *given, **named: (launches.append(1), launch(*given, **named)))
+    x, branch = (torch.randn(2, 3, 6, device=device).half() for _ in range(2))
+    mask = torch.rand(2, 1, 6, device=device) / 0.9
+    leaves = [x.requires_grad_(), branch.requires_grad_()]
+    wanted, normal, inverse = reference.norm(x.double(), branch.double(), mask.double())
+    vector = torch.randn_like(x)
+    expected = torch.autograd.grad(wanted, leaves, vector.double())
+    close = {"rtol": 5e-3, "atol": 5e-3}
+
+    with torch.no_grad():
+        value = op.norm_value(x, branch, mask, backend="triton")
+        both = op.norm_vjps(vector, normal.half(), inverse.float(), None, mask, backend="triton")
+    assert len(launches) == 2
+    assert value.dtype == torch.float16
+    torch.testing.assert_close(value, wanted.half(), **close)
+    for found, grad in zip(both, expected, strict=True):
+        torch.testing.assert_close(found.half(), grad, **close)
+
+    recorded = op.norm(x, branch, mask, backend="triton")[0]
+    assert len(launches) == 3
+    for found, grad in zip(torch.autograd.grad(recorded, leaves, vector), expected, strict=True):
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found, grad, **close)

@@ -14,7 +14,8 @@ from triton_deq.profile import show
 from triton_deq.profile.counting import Traffic, count, tally
 from triton_deq.profile.parts import Parts, shares
 from triton_deq.profile.peers import resnet
-from triton_deq.profile.plan import Refusal
+from triton_deq.profile.plan import Plan, Refusal
+from triton_deq.profile.sides import find_sides
 
 TOYS = """
 import torch
@@ -225,11 +226,11 @@ def test_what_a_cpu_cannot_do_is_a_reason(toys, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_pure_bf16_narrows_parameters_inputs_and_state_of_both_sides(toys, mode):
+def test_narrow_states_and_whole_models(toys, mode):
     common = ("--against", "profiled_toys:network", "--mode", mode, "--batch", "2", "--nfe", "8")
-    dtypes = ("--image-size", "8", "--dtype", "pure-bf16,bf16,fp32")
+    dtypes = ("--image-size", "8", "--dtype", "pure-bf16,bf16,fp32,bf16-state")
     assert profile("--model", "profiled_toys:deq", *common, *dtypes) == 0
-    pure, pure_peer, autocast, autocast_peer, wide, wide_peer = rows()
+    pure, pure_peer, autocast, autocast_peer, wide, wide_peer, state, state_peer = rows()
     for narrow, mixed, full in ((pure, autocast, wide), (pure_peer, autocast_peer, wide_peer)):
         assert [row["error"] for row in (narrow, mixed, full)] == [None] * 3
         assert narrow["dtype"] == "pure-bf16"
@@ -237,8 +238,22 @@ def test_pure_bf16_narrows_parameters_inputs_and_state_of_both_sides(toys, mode)
         assert narrow["peak_bytes"] < full["peak_bytes"]
         assert narrow["parameters"] == full["parameters"]
         assert narrow["shape"] == full["shape"]
-    assert pure["residual"] > 10 * wide["residual"]  # the state's own rounding
+    for row in (pure, state):
+        assert row["residual"] > 10 * wide["residual"]  # the state's own rounding
+    assert state_peer["bytes"] == autocast_peer["bytes"]
     assert set(pure["parts"]) == set(wide["parts"])
+
+
+def test_dtypes_beyond_autocast_are_those_of_a_copy():
+    (side,) = find_sides(Plan("digits", against="none"), torch.device("cpu"), None)
+    assert side.in_dtype("bf16") is side
+    state, pure = side.in_dtype("bf16-state"), side.in_dtype("pure-bf16")
+    assert [each.deq.state_dtype for each in (side, state, pure)] == [None, torch.bfloat16, None]
+    dtypes = [next(each.model.parameters()).dtype for each in (side, state, pure)]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
+    for each in (state, pure):
+        assert any(part is each.deq for part in each.model.modules())
+        assert each.deq is not side.deq
 
 
 def test_pure_bf16_language_model_takes_a_memory_in_it(toys):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import triton_deq as td
 from tests.training.toy import Toy, options
 from triton_deq.training import (
     CheckpointError,
@@ -229,14 +230,17 @@ def test_gradients_are_clipped(tmp_path):
     assert metrics(tmp_path)[-1]["train/gradient_norm"] > 1e-2
 
 
-def test_autocast(tmp_path):
+@pytest.mark.parametrize(("autocast", "state_dtype"), [("bf16", None), ("bf16-state", torch.bfloat16)])
+def test_autocast(tmp_path, autocast, state_dtype):
     seen = []
     task = Toy()
+    task.model.deq = td.DEQ(td.MLPCell(2, 2))
     task.model.float()
     task.data, task.carried = task.data.float(), task.carried.float()
     task.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    train(task, options(autocast="bf16"), tmp_path)
+    train(task, options(autocast=autocast), tmp_path)
     assert set(seen) == {torch.bfloat16}
+    assert task.model.deq.state_dtype == state_dtype
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ class TransformerCell(nn.Module):
         if not self.pre_norm:
             return normed(s, branch, masks[2], out=out), heads, inner
         branch = branch if masks[2] is None else branch * masks[2]
-        return torch.add(s, branch, out=out), heads, inner
+        return torch.add(s, branch, out=out).to(s.dtype), heads, inner
 
     def _heads(self, n: Tensor, u: TransformerInjection) -> Heads:
         """q, k and v `[B, T, H, d]`, views of one product."""

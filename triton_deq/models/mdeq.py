@@ -64,6 +64,7 @@ class MDEQ(nn.Module):
         solver: Solver | None = None,
         graph: bool = False,
         compact: float | None = None,
+        state_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.configuration = configuration
@@ -89,6 +90,7 @@ class MDEQ(nn.Module):
                 tol=configuration.backward_tol, max_steps=configuration.backward_max_steps
             ),
             penalty=_penalty(configuration),
+            state_dtype=state_dtype,
         )
         self.initialiser = Initialiser(configuration) if configuration.initialiser else None
         self.head = self._head(configuration)
@@ -169,7 +171,7 @@ class MDEQ(nn.Module):
     def spectral_radius(self, images: Tensor, steps: int = 150) -> Tensor:
         """`max |λ(J)|` at the equilibrium of each image, `[B]`; see `td.spectral_radius`."""
         out = self.deq(self.stem(self._checked(images)))
-        return spectral_radius(Injected(self.cell, out.injection), out.solution.value, steps)
+        return spectral_radius(Injected(self.cell, out.injection), out.value, steps)
 
     def _pretraining_penalty(self, z: Tensor, u: MDEQInjection) -> Tensor:
         if self.penalty is None or not self.configuration.pretraining_penalty or not self.training:

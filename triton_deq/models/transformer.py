@@ -125,7 +125,7 @@ class DEQTransformerLM(LanguageModel):
 
     Args:
         configuration: all numbers of the model.
-        solver, graph: of the forward solve, as in `DEQ`.
+        solver, graph: of the forward solve, as in `DEQ`; state_dtype: as there.
 
     Attributes:
         pretraining: True for the first part of training: `unrolled` applications of the cell from zero,
@@ -135,7 +135,12 @@ class DEQTransformerLM(LanguageModel):
     """
 
     def __init__(
-        self, configuration: LanguageModelConfiguration, *, solver: Solver | None = None, graph: bool = False
+        self,
+        configuration: LanguageModelConfiguration,
+        *,
+        solver: Solver | None = None,
+        graph: bool = False,
+        state_dtype: torch.dtype | None = None,
     ):
         super().__init__(configuration)
         if configuration.layers:
@@ -151,6 +156,7 @@ class DEQTransformerLM(LanguageModel):
                 tol=configuration.backward_tol, max_steps=configuration.backward_max_steps
             ),
             penalty=_penalty(configuration),
+            state_dtype=state_dtype,
         )
 
     @property
@@ -182,7 +188,7 @@ class DEQTransformerLM(LanguageModel):
         """`max |λ(J)|` at the equilibrium of each sequence, `[B]`; see `td.spectral_radius`."""
         self._check_ids(tokens=tokens)
         out = self.deq((self._dropped(self.embedding(tokens)), memory))
-        return spectral_radius(Injected(self.cell, out.injection), out.solution.value, steps)
+        return spectral_radius(Injected(self.cell, out.injection), out.value, steps)
 
 
 class TransformerXL(LanguageModel):

@@ -45,7 +45,7 @@ def norm(
         backend: "auto", "triton" or "reference".
 
     Statistics are taken in float32, or in float64 for float64. The kernels serve where x's dtype holds the
-    others': under autocast the state may be float32 and the branch bfloat16.
+    others', or statistics' the mask's: under autocast the state may be float32 and the branch bfloat16.
 
     Returns:
         The value and n, both `[..., D]` in x's dtype, and 1/σ `[..., 1]` in the accumulation dtype; without
@@ -55,7 +55,7 @@ def norm(
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
     """
     _check(x, branch, mask, gain, offset, epsilon)
-    served = _served(x, backend, branch, mask, gain, offset)
+    served = _served(x, backend, mask, branch, gain, offset)
     if not served or _recorded(x, branch, mask, gain, offset):
         branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
         if not served:
@@ -86,7 +86,7 @@ def norm_value(
     _check(x, branch, mask, gain, offset, epsilon)
     if out is not None and dtype is not None:
         raise ValueError(f"dtype={dtype} with out, whose dtype is {out.dtype}: give one of the two")
-    served = _served(x, backend, branch, mask, gain, offset)
+    served = _served(x, backend, mask, branch, gain, offset)
     if served and not _recorded(x, branch, mask, gain, offset) and (out is None or out.is_contiguous()):
         out = x.new_empty(x.shape, dtype=dtype or x.dtype) if out is None else out
         return norm_fwd(x, branch, mask, gain, offset, epsilon, out)
@@ -161,7 +161,7 @@ def norm_vjps(
     _check_mask(mask, normal)
     dtype = dtype or normal.dtype
     fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
-    served = fit and _served(normal, backend, vector, more, mask)
+    served = fit and _served(normal, backend, mask, vector, more)
     if not served or _recorded(vector, normal, inverse, more, mask):
         total = vector if more is None else vector + more
         value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
@@ -397,11 +397,12 @@ def _recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
-def _served(x: Tensor, backend: str, *others: Tensor | None) -> bool:
-    """The kernels read in its own dtype what x's dtype holds."""
+def _served(x: Tensor, backend: str, mask: Tensor | None, *others: Tensor | None) -> bool:
+    """The kernels read in its own dtype what x's dtype holds, and a mask of as many bits as sums have."""
+    widest = [(mask, accumulate_dtype(x.dtype)), *((other, x.dtype) for other in others)]
     fit = all(
-        other is None or (other.device == x.device and torch.promote_types(other.dtype, x.dtype) == x.dtype)
-        for other in others
+        other is None or (other.device == x.device and torch.promote_types(other.dtype, wide) == wide)
+        for other, wide in widest
     )
     return fit and kernels_serve(x, backend, autocast=True)
 

@@ -38,7 +38,7 @@ class Step:
             torch.autocast,
             kind,
             torch.bfloat16,
-            enabled=setting.dtype == "bf16",
+            enabled=setting.dtype in ("bf16", "bf16-state"),
             cache_enabled=setting.execution != "graph",
         )
         for part in side.model.modules():

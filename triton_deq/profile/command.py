@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         type=_choices(DTYPES),
         default=("fp32",),
-        help="fp32,bf16 (autocast),pure-bf16 (parameters and inputs, too, and so the state of a DEQ)",
+        help="fp32,bf16 (autocast),bf16-state (and a DEQ's state and history),pure-bf16 (and parameters)",
     )
     parser.add_argument(
         "--execution",

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("inference", "training")
-DTYPES = ("fp32", "bf16", "pure-bf16")
-"""bf16: float32 parameters under autocast; pure-bf16: parameters, buffers and inputs are bfloat16."""
+DTYPES = ("fp32", "bf16", "bf16-state", "pure-bf16")
+"""bf16: float32 parameters under autocast; bf16-state: the same with a DEQ's state and history in bfloat16;
+pure-bf16: parameters, buffers and inputs, too."""
 EXECUTIONS = ("eager", "graph", "compile")
 SOLVERS = ("anderson", "broyden")
 

@@ -57,11 +57,16 @@ class Side:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def in_dtype(self, dtype: str) -> "Side":
-        """Itself; for pure-bf16 a copy whose parameters, buffers and inputs are bfloat16."""
-        if dtype != "pure-bf16":
+        """Itself, or where `plan.DTYPES` asks for more than autocast a copy that is so."""
+        if dtype in ("fp32", "bf16"):
             return self
-        model = copy.deepcopy(self.model).to(torch.bfloat16)
-        return replace(self, model=model, task=Narrow(self.task, torch.bfloat16), deq=_first_deq(model))
+        model, task = copy.deepcopy(self.model), self.task
+        if dtype == "pure-bf16":
+            model, task = model.to(torch.bfloat16), Narrow(task, torch.bfloat16)
+        else:
+            for deq in _deqs(model):
+                deq.state_dtype = torch.bfloat16
+        return replace(self, model=model, task=task, deq=_first_deq(model))
 
 
 def find_sides(plan: Plan, device: torch.device, batch: int | None) -> list[Side]:

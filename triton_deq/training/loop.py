@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..deq import DEQ
 from . import checkpoint
 from .averages import Averages
 from .errors import CheckpointError, Interrupted, NonFinite
@@ -84,6 +85,10 @@ class _Trainer:
         self.task, self.options, self.folder = task, options, folder
         self.ranks = Ranks()
         self.device = next(task.model.parameters()).device
+        if options.autocast == "bf16-state":
+            for part in task.model.modules():
+                if isinstance(part, DEQ):
+                    part.state_dtype = torch.bfloat16
         self.module = self.ranks.wrap(task.model)
         self.optimizer = optimizer_for((p for p in task.model.parameters() if p.requires_grad), options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -249,7 +254,7 @@ class _Trainer:
         self.task.set_pretraining(self.pretraining)
 
     def _autocast(self) -> Any:
-        enabled = self.options.autocast == "bf16"
+        enabled = self.options.autocast != "none"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _elapsed(self) -> float:

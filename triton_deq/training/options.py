@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ..checks import check_choice, check_count, check_number
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
-AUTOCAST = ("none", "bf16")
+AUTOCAST = ("none", "bf16", "bf16-state")
 
 
 def _option(default, purpose: str):
@@ -32,7 +32,7 @@ class TrainingOptions:
     momentum: float = _option(0.9, "of sgd and nesterov")
     weight_decay: float = _option(0.0, "on all parameters; decoupled in adamw")
     clip: float = _option(0.25, "largest norm of the whole gradient; 0: any")
-    autocast: str = _option("none", "bf16: forward passes under torch.autocast; or none")
+    autocast: str = _option("none", f"one of {', '.join(AUTOCAST)}: torch.autocast, and a DEQ's state")
     validate_every: int = _option(500, "steps between validations; there is one at the end, too")
     checkpoint_every: int = _option(500, "steps between checkpoints; the last and the best are kept")
     log_every: int = _option(50, "steps that a line of metrics is the mean of")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import triton_deq as td
+from triton_deq.backend import ambient
 from triton_deq.memory import peak_bytes
 
 
@@ -83,6 +84,11 @@ def test_start_from_a_given_state():
     assert again.solution.nfe == 1
 
 
+class Foreign(td.MLPCell):
+    def forward(self, z, u):
+        return torch.tanh(self.state(z) + u).to(z.dtype)
+
+
 CELLS = {
     "transformer": (lambda: td.TransformerCell(16, 2, 32, dropout=0.1, init_std=0.2), (3, 5, 16)),
     "transformer, pre-norm": (
@@ -126,6 +132,20 @@ def test_narrow_state_rounds_little_more_than_autocast_does(name, backend, devic
         assert more < 2 * rounded + 2**-8
         rounded, more = ((of - of_exact).norm() / of_exact.norm() for of in (of_wide, of_narrow))
         assert more < rounded + 0.15  # over many seeds autocast alone errs by up to 0.1
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_narrow_state_without_autocast(name, backend, device):
+    """The cells compute in the dtype of their weights."""
+    make, shape = CELLS[name]
+    torch.manual_seed(0)
+    cell, x = make().to(device).eval(), torch.randn(shape, device=device)
+    with torch.no_grad():
+        options = {"tol": 0.0, "max_steps": 3, "backend": backend}
+        wide = td.DEQ(cell, **options)(x)
+        narrow = td.DEQ(cell, state_dtype=torch.bfloat16, **options)(x)
+    assert narrow.solution.value.dtype == torch.bfloat16
+    assert 0 < (narrow.value - wide.value).norm() < 0.02 * wide.value.norm()
 
 
 def test_narrow_state_in_the_backward_solve(backend, device):
@@ -173,12 +193,35 @@ def test_wide_state_around_a_cell_that_converts():
     out.value.sum().backward()
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_cell_keeps_the_dtype_of_the_state(dtype, autocast, layer_norm, backend, device):
+    torch.manual_seed(0)
+    cell = td.MLPCell(6, 4, layer_norm=layer_norm).to(device)
+    x, z, vector = (torch.randn(3, width, device=device) for width in (4, 6, 6))
+    with ambient(backend):
+        wanted, pullback = cell.vjp(z, cell.inject(x))
+        of_z = pullback(vector)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            u = cell.inject(x)
+            value, pullback = cell.vjp(z.to(dtype), u)
+            found = [cell(z.to(dtype), u), value, pullback(vector.to(dtype))]
+    for each, exact in zip(found, (wanted, wanted, of_z), strict=True):
+        assert each.dtype == dtype
+        torch.testing.assert_close(each.float(), exact, rtol=0.05, atol=0.05)
+
+
 def test_state_dtype_that_cannot_be():
     for wrong in ("bf16", torch.int32, torch.complex64, torch.float8_e4m3fn):
         with pytest.raises(TypeError, match="state_dtype=.* must be"):
             model(state_dtype=wrong)
+    deq = model(state_dtype=torch.bfloat16)
+    deq.cell = Foreign(6, 4)
     with pytest.raises(RuntimeError, match="call the model under torch.autocast"):
-        model(state_dtype=torch.bfloat16)(torch.randn(5, 4))
+        deq(torch.randn(5, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert deq(torch.randn(5, 4)).solution.value.dtype == torch.bfloat16
 
 
 def test_with_the_kernels(backend, device):

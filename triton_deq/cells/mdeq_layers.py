@@ -91,7 +91,8 @@ class ConvNorm(nn.Module):
         return Step(self, self.norm, {"relu": self.relu, **around})
 
     def product(self, x: Tensor, u: MDEQInjection) -> Tensor:
-        return functional.conv2d(x, u.weights[self.place], None, self.conv.stride, self.conv.padding)
+        weight = u.weights[self.place]
+        return functional.conv2d(x.to(weight.dtype), weight, None, self.conv.stride, self.conv.padding)
 
     def pull(self, vector: Tensor, u: MDEQInjection) -> Tensor:
         """From the gradient in the product to that in x."""

@@ -92,14 +92,21 @@ class MLPCell(nn.Module):
         """The next state from z and `u = inject(x)`."""
         _check_width("z", z, "width", self.width)
         _check_width("u", u, "width" if self.output is None else "hidden", self.injection.out_features)
+        state = self._taken(z)
         if not self._layers_as_built:
-            value = self.activation(self.state(z) + u)
+            value = self.activation(self.state(state) + u)
         elif self.output is None:
-            return mlp(z, self.state.weight, u, self.activation, self._norm)
+            return mlp(state, self.state.weight, u, self.activation, self._norm).to(z.dtype)
         else:
-            value = mlp(z, self.state.weight, u, self.activation)
+            value = mlp(state, self.state.weight, u, self.activation)
         value = value if self.output is None else self.output(value)
-        return value if self.norm is None else self.norm(value)
+        return (value if self.norm is None else self.norm(value)).to(z.dtype)
+
+    def _taken(self, z: Tensor) -> Tensor:
+        """z as the product takes it: autocast would cast it, and without it a state may be kept narrow."""
+        if torch.is_autocast_enabled(z.device.type) or not self._layers_as_built:
+            return z
+        return z.to(self.state.weight.dtype)
 
     def write(self, z: Tensor, u: Tensor, out: Tensor) -> None:
         """The next state into `out`, contiguous; without gradients."""
@@ -145,17 +152,18 @@ class MLPCell(nn.Module):
         return self._vjp if self._as_built else None
 
     def _vjp(self, z: Tensor, u: Tensor) -> tuple[Tensor, "Pullback"]:
-        value, slope = mlp_and_slope(z, self.state.weight, u, self.activation)
+        value, slope = mlp_and_slope(self._taken(z), self.state.weight, u, self.activation)
         if self.output is not None:
             value = self.output(value)
         output = None if self.output is None else self.output.weight
         if self.norm is None:
-            return value, Pullback(self.state.weight, output, slope, z.dtype)
+            return value.to(z.dtype), Pullback(self.state.weight, output, slope, z.dtype)
         gain, offset = self.norm.weight, self.norm.bias
         normed, normal, inverse = norm(value, gain=gain, offset=offset, epsilon=self.norm.eps)
         if torch.is_autocast_enabled(value.device.type):  # which has a rule of its own for the value's dtype
             normed = self.norm(value)
-        return normed, Pullback(self.state.weight, output, slope, z.dtype, (normal, inverse, gain))
+        standard = (normal, inverse, gain)
+        return normed.to(z.dtype), Pullback(self.state.weight, output, slope, z.dtype, standard)
 
     def jacobian_norms(
         self, z: Tensor, u: Tensor, seed: Tensor, probes: int, distribution: str
@@ -230,7 +238,7 @@ class Pullback:
         if self.output is not None:
             vector = vector @ self.output.to(vector.dtype)
         if (vector.dtype, self.weight.dtype) == (self.dtype, self.dtype):
-            return mlp_vjp(vector, self.slope, self.weight, shift, out=out)
+            return mlp_vjp(vector, self.slope, self.weight, shift, out=out).to(self.dtype)
         product = mlp_vjp(vector, self.slope, self.weight).to(self.dtype)
         product = product if shift is None else product + shift
         return product if out is None else out.copy_(product)

@@ -357,8 +357,7 @@ class TransformerCell(nn.Module):
         branch = functional.linear(mixed.flatten(2), u.weights.out, u.weights.out_bias)
         s = normed(z, branch[..., : self.width], masks[0])
 
-        # Cast here under autocast, where the kernel asks for one dtype.
-        inner = feedforward(_taken(s, u).to(u.weights.up.dtype), u.weights.up, self.up.bias, masks[1])
+        inner = feedforward(_taken(s, u), u.weights.up, self.up.bias, masks[1])
         branch = functional.linear(inner, u.weights.down, u.weights.down_bias)[..., : self.width]
         if not self.pre_norm:
             return normed(s, branch, masks[2], out=out), heads, inner
@@ -405,9 +404,9 @@ def _with_zeros(tensor: Tensor, dim: int, count: int) -> Tensor:
 
 
 def _taken(rows: Tensor, u: TransformerInjection) -> Tensor:
-    """Rows `[B, T, D]` as products take them: themselves, or with the zeros that its matrices have."""
+    """Rows `[B, T, D]` as products take them: in their dtype, and with the zeros that its matrices have."""
     if u.room is None:
-        return rows
+        return rows.to(u.weights.qkv.dtype)
     if transformed() or torch.is_grad_enabled():  # who records a gradient may keep the rows
         return _with_zeros(rows.to(u.room.dtype), -1, u.room.shape[-1] - rows.shape[-1])
     u.room[..., : rows.shape[-1]] = rows

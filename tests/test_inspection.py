@@ -158,6 +158,8 @@ def call_op(entry: Entry, device: str) -> None:
         call_groupnorm(entry, state_like)
     elif entry.op == "fusion":
         call_fusion(entry, state_like)
+    elif entry.op == "weightnorm":
+        call_weightnorm(entry, state_like)
     elif entry.op == "attention":
         call_attention(entry, device)
     elif entry.op == "broyden":
@@ -291,6 +293,25 @@ def call_fusion(entry: Entry, state: torch.Tensor) -> None:
         terms = [map_of(channels, height // factor, width // factor) for factor in factors if factor]
         sums.append(fusion.Sum(map_of(channels, height, width), terms, relu))
     fusion.fusion_fwd(sums)
+
+
+def call_weightnorm(entry: Entry, like: torch.Tensor) -> None:
+    from triton_deq.ops import weightnorm
+
+    vjp, weights, outs = entry.name.startswith("weightnorm_vjp"), [], []
+    for operands, (columns, more_columns, *_) in zip(
+        entry.arguments["weights"], entry.arguments["CONSTANTS"], strict=True
+    ):
+        pointers = [each for each in operands if isinstance(each, Pointer)]
+        rows, *more = [each for each in operands if not isinstance(each, Pointer)]
+        size = (more or [rows])[0], more_columns
+        v = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+        weights.append(weightnorm.Weight(v, v[:, 0].contiguous(), *size))
+        outs.append(torch.empty(size, dtype=DTYPES[pointers[2].dtype], device=like.device))
+    if vjp:
+        weightnorm.weightnorm_vjp_fwd(weights, outs)
+    else:
+        weightnorm.weightnorm_fwd(weights, outs[0].dtype)
 
 
 def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:

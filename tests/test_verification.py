@@ -41,6 +41,8 @@ def test_quick_run_in_a_fresh_process(tmp_path):
         "feedforward_vjp",
         "norm",
         "norm_vjp",
+        "weightnorm",
+        "weightnorm_vjp",
         "attention",
         "attention_query_vjp",
         "attention_key_vjp",

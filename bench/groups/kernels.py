@@ -19,9 +19,21 @@ from .step import HISTORY, SHAPES
 GROUP = "kernels"
 MEMORY = 10
 LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
-    "tiny": {"wide": [(2, 16)], "narrow": [(2, 16)], "rows": [(2, 16)], "states": [(2, 16)]},
-    "quick": {"wide": [(128, 512)], "narrow": [(128, 128)], "rows": [(300, 700)], "states": [(300, 700)]},
-    "full": {"wide": [(128, 1024)], "narrow": [(128, 128)], "rows": [(2100, 700)], "states": [(2100, 700)]},
+    "tiny": {width: [(2, 16)] for width in ("wide", "narrow", "rows", "states", "weights")},
+    "quick": {
+        "wide": [(128, 512)],
+        "narrow": [(128, 128)],
+        "rows": [(300, 700)],
+        "states": [(300, 700)],
+        "weights": [(160, 288)],
+    },
+    "full": {
+        "wide": [(128, 1024)],
+        "narrow": [(128, 128)],
+        "rows": [(2100, 700)],
+        "states": [(2100, 700)],
+        "weights": [(1280, 2304)],
+    },
 }
 STATES = {"tiny": SHAPES["tiny"], "quick": [(32, 16384)], "full": [(32, 16384), (32, 1048576)]}
 GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
@@ -31,17 +43,19 @@ GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
         "narrow": [(1024, 128)],
         "rows": [(2100, 700)],
         "states": [(2100, 704)],
+        "weights": [(1280, 2304)],
     },
     "full": {
         "wide": [(1024, 1024), (4096, 2048)],
         "narrow": [(1024, 64), (1024, 128), (1024, 256)],
         "rows": [(2100, 700), (16384, 1024)],
         "states": [(2100, 704)],
+        "weights": [(1280, 2304), (48000, 700), (700, 48000)],
     },
 }
 """(batch, width) of a layer, of a cell whose whole solve is one launch, of a LayerNorm's rows, and of the
 states that a feed-forward takes: the paper's Transformer is 700 wide, on 14 sequences of 150, its products
-on a GPU are 704."""
+on a GPU are 704. And rows and columns of weights: of a multiscale block's, and of the Transformer's."""
 ATTENTIONS: dict[str, list[tuple[int, int]]] = {"tiny": [(1, 4)], "quick": [(2, 64)], "full": [(4, 150)]}
 GPU_ATTENTIONS: dict[str, list[tuple[int, int]]] = {
     "tiny": ATTENTIONS["tiny"],
@@ -96,16 +110,21 @@ def cases(setting: Setting) -> Iterator[Case]:
         ("norm_vjp", "rows", _norm_vjp, _norm_vjp_torch),
         ("feedforward", "states", _feedforward, _feedforward_torch),
         ("feedforward_vjp", "states", _feedforward_vjp, _feedforward_vjp_torch),
+        ("weightnorm", "weights", _weightnorm, _weightnorm_torch),
+        ("weightnorm_vjp", "weights", _weightnorm_vjp, _weightnorm_vjp_torch),
     )
     for kernel, width, make, peer in layers:
         for shape in (GPU_LAYERS if setting.gpu else LAYERS)[setting.scale][width]:
             for dtype in dtypes:
-                variants = _variants(
-                    setting, shape, dtype, make, {"torch": peer}, single=kernel != "mlp_solve"
-                )
+                # What goes through the autograd engine is neither compiled nor captured.
+                single = kernel not in ("mlp_solve", "weightnorm_vjp")
+                variants = _variants(setting, shape, dtype, make, {"torch": peer}, single=single)
                 # A norm reads two tensors and writes one.
                 traffic = 3 * shape[0] * shape[1] * dtype.itemsize
                 work = Work(traffic, {}) if kernel in ("norm", "norm_vjp") else None
+                if width == "weights":
+                    wide = dtype.itemsize * (1 if kernel == "weightnorm" else 2)
+                    work = Work(shape[0] * shape[1] * (wide + 2), {})
                 yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants), work=work)
 
     between = (
@@ -465,6 +484,36 @@ def _norm_torch(randn, batch: int, width: int) -> Call:
     x, branch, mask = randn(batch, width), randn(batch, width), randn(1, width)
     gain, offset = randn(width), randn(width)
     return lambda: torch.nn.functional.layer_norm(torch.addcmul(x, branch, mask), (width,), gain, offset)
+
+
+def _weightnorm(randn, rows: int, columns: int, backend: str) -> Call:
+    """In bfloat16, as autocast's products take it."""
+    from triton_deq.ops.weightnorm import Weight, weightnorm_each
+
+    weight = Weight(randn(rows, columns), randn(rows, 1))
+    return lambda: weightnorm_each([weight], torch.bfloat16, backend)
+
+
+def _weightnorm_torch(randn, rows: int, columns: int) -> Call:
+    v, g = randn(rows, columns), randn(rows, 1)
+    return lambda: torch._weight_norm(v, g, 0).bfloat16()
+
+
+def _weightnorm_vjp(randn, rows: int, columns: int, backend: str) -> Call:
+    """Through the autograd engine, of a value that is kept with its graph."""
+    from triton_deq.ops.weightnorm import Weight, weightnorm_each
+
+    leaves = [randn(rows, columns).requires_grad_(), randn(rows, 1).requires_grad_()]
+    (value,) = weightnorm_each([Weight(*leaves)], torch.bfloat16, backend)
+    vector = torch.randn_like(value)
+    return lambda: torch.autograd.grad(value, leaves, vector, retain_graph=True)
+
+
+def _weightnorm_vjp_torch(randn, rows: int, columns: int) -> Call:
+    v, g = randn(rows, columns).requires_grad_(), randn(rows, 1).requires_grad_()
+    value = torch._weight_norm(v, g, 0).bfloat16()
+    vector = torch.randn_like(value)
+    return lambda: torch.autograd.grad(value, (v, g), vector, retain_graph=True)
 
 
 def _norm_vjp(randn, batch: int, width: int, backend: str) -> Call:

@@ -8,7 +8,7 @@ configurations are compiled.
 
 from collections.abc import Mapping
 
-from . import anderson, attention, broyden, feedforward, fusion, groupnorm, jacobian, mlp, norm
+from . import anderson, attention, broyden, feedforward, fusion, groupnorm, jacobian, mlp, norm, weightnorm
 from .entry import BYTES, Budget, Entry, Pointer
 
 __all__ = ["BYTES", "ENTRIES", "STEPS", "Budget", "Entry", "Pointer"]
@@ -23,6 +23,7 @@ ENTRIES: tuple[Entry, ...] = (
     *jacobian.ENTRIES,
     *mlp.ENTRIES,
     *norm.ENTRIES,
+    *weightnorm.ENTRIES,
 )
 
 STEPS: Mapping[str, tuple[str, ...]] = {

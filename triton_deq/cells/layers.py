@@ -1,17 +1,56 @@
 """What cells ask of the layers they are made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
+
+from ..ops.launch import kernels_serve
+from ..ops.weightnorm import Weight, weightnorm_each
 
 
 def does_as(kind: type[nn.Module], layer: nn.Module) -> bool:
     """Whether calling the layer is this kind's own forward and nothing more."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return type(layer).forward is kind.forward and not (hooked or layer._backward_pre_hooks)
+
+
+def weights_of(
+    layers: Sequence[Any], dtype: torch.dtype | None, like: Tensor, least: Sequence[tuple[int, int]] = ()
+) -> list[Tensor]:
+    """The layers' weights as the products of a solve take them, normalised and cast in shared launches.
+
+    dtype: that of autocast, or None for their own. like: what goes into the layers. least: how many rows and
+    columns each has to have, with zeros behind; where no kernel serves, the weights are as they are.
+    """
+    if not kernels_serve(like, "auto", autocast=True):
+        return [layer.weight if dtype is None else layer.weight.to(dtype) for layer in layers]
+    parts = [_parts_of(layer) for layer in layers]
+    least = least or [(0, 0)] * len(parts)
+    weights = [Weight(v, g, *size) for (v, g), size in zip(parts, least, strict=True)]
+    # The others are what they ought to be already.
+    made = [each for each in weights if _differs(each, dtype)]
+    values = iter(weightnorm_each(made, dtype))
+    return [next(values) if _differs(each, dtype) else each.v for each in weights]
+
+
+def _parts_of(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """v and g of a weight that is normalised as here or by torch; else the weight as it is, and None."""
+    if parametrize.is_parametrized(layer, "weight"):
+        held = layer.parametrizations.weight
+        kind = held[0] if len(held) == 1 else None
+        if type(kind) is KernelNorm or (type(kind) is _WeightNorm and kind.dim == 0):
+            return held.original1, held.original0
+    return layer.weight, None
+
+
+def _differs(weight: Weight, dtype: torch.dtype | None) -> bool:
+    v, g, rows, columns = weight
+    wider = v.dim() == 2 and (rows > v.shape[0] or columns > v.shape[1])
+    return g is not None or wider or dtype not in (None, v.dtype)
 
 
 def normalise_weight(linear: nn.Linear) -> None:

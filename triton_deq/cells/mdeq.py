@@ -12,7 +12,7 @@ from ..checks import check_count, check_number
 from ..ops.fusion import Sum, fusion_each, fusion_vjp_each
 from ..ops.groupnorm import groupnorm_vjp_each
 from ..ops.launch import kernels_serve
-from .layers import does_as, normalise_kernels
+from .layers import does_as, normalise_kernels, weights_of
 from .mdeq_layers import (
     KINDS,
     Advance,
@@ -152,7 +152,7 @@ class MDEQCell(nn.Module):
             Scale(each, height >> place, width >> place) for place, each in enumerate(self.channels)
         )
         shift = x.contiguous(memory_format=torch.channels_last)
-        weights = self._weights(x.device.type)
+        weights = self._weights(x)
         return MDEQInjection(shift, weights, self._masks(x), scales, self._joined(x, weights))
 
     def initial_state(self, u: MDEQInjection) -> Tensor:
@@ -174,7 +174,8 @@ class MDEQCell(nn.Module):
         """A parameter, for dtype and device: a convolution's weight may have to be made of two."""
         return self.blocks[0].norm.weight
 
-    def _weights(self, device: str) -> tuple[Tensor, ...]:
+    def _weights(self, x: Tensor) -> tuple[Tensor, ...]:
+        device = x.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for layer in self.modules():
             kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
@@ -183,11 +184,8 @@ class MDEQCell(nn.Module):
                     f"a {kind.__name__} of the cell was replaced or has a hook, and the cell reads its "
                     "weights without calling it: change the weight by torch.nn.utils.parametrize instead"
                 )
-        weights = []
-        for unit in self._units:
-            weight = unit.conv.weight if cast is None else unit.conv.weight.to(cast)
-            weights.append(weight.contiguous(memory_format=torch.channels_last))
-        return tuple(weights)
+        weights = weights_of([unit.conv for unit in self._units], cast, x)
+        return tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights)
 
     def _joined(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not kernels_serve(x, "auto", autocast=True):

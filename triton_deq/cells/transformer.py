@@ -21,7 +21,7 @@ from ..ops.attention import (
 from ..ops.feedforward import feedforward, feedforward_vjp
 from ..ops.launch import transformed
 from ..ops.norm import norm, norm_value, norm_vjps
-from .layers import does_as, normalise_weight
+from .layers import does_as, normalise_weight, weights_of
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k and v, `[B, T, H, d]` each."""
@@ -189,17 +189,12 @@ class TransformerCell(nn.Module):
         """u from the embedded tokens `[B, T, D]`, or from `(tokens, memory)`."""
         tokens, memory = x if isinstance(x, tuple) else (x, None)
         self._check(tokens, memory)
-        weights = self._weights(tokens.device.type)
-        dtype = weights.qkv.dtype
-        spare, behind = (spare_columns(weights.qkv, columns) for columns in (self.head_width, self.width))
-        weights = Weights(
-            qkv=_with_zeros(self._wider(weights.qkv, -2, spare), -1, behind),
-            out=_with_zeros(self._wider(weights.out, -1, spare), -2, behind),
-            up=_with_zeros(weights.up, -1, behind),
-            down=_with_zeros(weights.down, -2, behind),
-            out_bias=_with_zeros(weights.out_bias, -1, behind),
-            down_bias=_with_zeros(weights.down_bias, -1, behind),
-        )
+        device = tokens.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = cast or self.content_bias.dtype
+        like = tokens.new_empty(1, dtype=dtype)
+        spare, behind = (spare_columns(like, columns) for columns in (self.head_width, self.width))
+        weights = self._weights(like, self.width + behind, spare)
         batch, length, _ = tokens.shape
         room = tokens.new_zeros(batch, length, self.width + behind, dtype=dtype) if behind else None
         keys, values = self._of_memory(memory, weights, spare)
@@ -256,18 +251,28 @@ class TransformerCell(nn.Module):
             qkv=qkv, context=context, masks=masks, shape=(len(samples), *u.shape[1:]), room=room
         )
 
-    def _weights(self, device: str) -> Weights:
-        """The matrices as the products take them: autocast would cast them anew at every step."""
+    def _weights(self, like: Tensor, width: int, spare: int) -> Weights:
+        """The matrices as the products take them: autocast would cast them anew at every step.
+
+        like: of the products' dtype. width: D with the zeros behind it; spare: zeros behind each head's d.
+        """
         for name in ("qkv", "out", "up", "down", "positions"):
             if not does_as(nn.Linear, getattr(self, name)):
                 raise TypeError(
                     f"the layer {name!r} of the cell was replaced or has a hook, and the cell reads its "
                     "weight without calling it: change the weight by torch.nn.utils.parametrize instead"
                 )
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        given = (layer.weight for layer in (self.qkv, self.out, self.up, self.down))
-        biases = self.out.bias, self.down.bias
-        return Weights(*(each if cast is None else each.to(cast) for each in (*given, *biases)))
+        layers, least = (
+            (self.qkv, self.out, self.up, self.down),
+            ((0, width), (width, 0), (0, width), (width, 0)),
+        )
+        qkv, out, up, down = weights_of(layers, like.dtype, like, least)
+        out_bias, down_bias = (
+            _with_zeros(layer.bias.to(like.dtype), -1, width - self.width) for layer in (self.out, self.down)
+        )
+        return Weights(
+            self._wider(qkv, -2, spare), self._wider(out, -1, spare), up, down, out_bias, down_bias
+        )
 
     def _wider(self, rows: Tensor, dim: int, spare: int) -> Tensor:
         """With zeros behind each of the heads that lie along `dim`, which counts from the last: −1."""

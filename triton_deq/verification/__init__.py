@@ -27,6 +27,7 @@ from .jacobian import check_probe, check_squared_norm
 from .mlp import check_mlp, check_mlp_probe, check_mlp_solve
 from .norm import check_norm
 from .solvers import check_anderson, check_broyden
+from .weightnorm import check_weightnorm
 
 __all__ = [
     "BOUNDS",
@@ -45,6 +46,7 @@ __all__ = [
     "check_norm",
     "check_probe",
     "check_squared_norm",
+    "check_weightnorm",
 ]
 
 CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
@@ -60,6 +62,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "norm": check_norm,
     "groupnorm": check_groupnorm,
     "fusion": check_fusion,
+    "weightnorm": check_weightnorm,
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from triton_deq.cells.layers import normalise_kernels, weights_of
+from triton_deq.cells.layers import called_narrow, normalise_kernels, weights_of
 from triton_deq.ops import weightnorm as op
 from triton_deq.ops.launch import launch
 from triton_deq.ops.weightnorm import Weight
@@ -158,3 +158,20 @@ def test_weights_of_layers_are_the_layers_own(dtype, launches, device):
     ours = torch.autograd.grad(sum(weight.float().square().sum() for weight in found), parameters)
     theirs = torch.autograd.grad(sum(layer.weight.square().sum() for layer in given), parameters)
     torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.kernels
+def test_a_module_whose_weights_are_cast_together_gives_what_it_would(launches, device):
+    first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, bias=False)
+    normalise_kernels(second)  # which reads its weight of two parameters
+    module = nn.Sequential(first, nn.BatchNorm2d(4), second, nn.Flatten(), nn.Linear(16, 2)).to(device).eval()
+    x = torch.randn(2, 3, 4, 4, device=device)
+    with torch.no_grad():
+        assert torch.equal(called_narrow(module, x, x), module(x))
+        assert not launches
+        with torch.autocast(device, torch.float16, cache_enabled=False):
+            wanted, found = module(x), called_narrow(module, x, x)
+    assert len(launches) == 1
+    assert found.dtype == wanted.dtype == torch.float16
+    torch.testing.assert_close(found, wanted)
+    assert module[0].weight.dtype == torch.float32

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
@@ -35,6 +36,30 @@ def weights_of(
     made = [each for each in weights if _differs(each, dtype)]
     values = iter(weightnorm_each(made, dtype))
     return [next(values) if _differs(each, dtype) else each.v for each in weights]
+
+
+def products_dtype(like: Tensor) -> torch.dtype:
+    """In which autocast has products taken on like's device; like's own dtype without it."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+
+
+def called_narrow(module: nn.Module, like: Tensor, *given: Any) -> Any:
+    """What a module makes of `given` under autocast, without gradients: the weights that autocast would cast
+    one by one are cast in shared launches. like: on their device."""
+    device = like.device.type
+    if not (torch.is_autocast_enabled(device) and kernels_serve(like, "auto", autocast=True)):
+        return module(*given)
+    wide = {
+        f"{path}.{name}" if path else name: parameter
+        for path, layer in module.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
+    narrow = weightnorm_each(
+        [Weight(each.detach()) for each in wide.values()], torch.get_autocast_dtype(device)
+    )
+    return functional_call(module, dict(zip(wide, narrow, strict=True)), given)
 
 
 def _parts_of(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..cells.layers import called_narrow, products_dtype
 from ..cells.mdeq import MDEQCell
-from ..cells.mdeq_layers import MDEQInjection, Scale, pack, unpack
+from ..cells.mdeq_layers import MDEQInjection, Scale, for_products, pack, unpack
 from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
@@ -160,12 +161,13 @@ class MDEQ(nn.Module):
         return MDEQOutput(logits.clone(), out.value, out.solution, out.penalty, out.value.new_zeros(()))
 
     def _before(self, images: Tensor) -> tuple[MDEQInjection, Tensor | None]:
-        features = self.stem(images)
-        guess = None if self.initialiser is None else self.initialiser(features)
+        features = called_narrow(self.stem, images, images)
+        guess = None if self.initialiser is None else called_narrow(self.initialiser, images, features)
         return self.cell.inject(features), guess
 
     def _after(self, z: Tensor, scales: Sequence[Scale]) -> Tensor:
-        return self.head(unpack(z, scales))
+        maps = for_products(unpack(z, scales), products_dtype(z))
+        return called_narrow(self.head, z, maps)
 
     @torch.no_grad()
     def spectral_radius(self, images: Tensor, steps: int = 150) -> Tensor:

@@ -200,7 +200,7 @@ def _vjp_of(served: bool, vector: Tensor, held: Normalised, parameters: bool = F
 
 def _together(maps: Sequence[Tensor], backend: str) -> bool:
     """Whether the kernels serve all of these alike."""
-    served = bool(maps) and kernels_serve(maps[0], backend, *maps[1:], autocast=True)
+    served = len(maps) > 0 and kernels_serve(maps[0], backend, *maps[1:], autocast=True)
     return served and all(x.numel() for x in maps)
 
 

@@ -9,12 +9,14 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "reference")
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Asked for at every op, where torch.compile could not trace the search."""
 
 _ambient: ContextVar[str] = ContextVar("ambient", default="auto")
 
@@ -81,10 +83,4 @@ def _obstacle(tensor: Tensor) -> str:
         return "the tensor is on the CPU and TRITON_INTERPRET is not set"
     if kind not in ("cpu", "cuda"):  # ROCm devices carry the name "cuda" too
         return f"there are no kernels for a tensor on {kind!r}"
-    return "" if _installed() else "the package triton is not installed"
-
-
-@cache
-def _installed() -> bool:
-    """Asked for at every op, and a search for a package takes as long as a launch."""
-    return importlib.util.find_spec("triton") is not None
+    return "" if _INSTALLED else "the package triton is not installed"

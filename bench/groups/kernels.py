@@ -687,5 +687,6 @@ CALLS: dict[str, Callable[..., Call]] = {
     "groupnorm_vjp": maps.groupnorm_vjp,
     "fusion": maps.fusion,
     "fusion_vjp": maps.fusion_vjp,
+    "weightnorm": _weightnorm,
 }
 """Our side of those whose launch parameters are tuned: of a drawing function, a shape and a backend."""

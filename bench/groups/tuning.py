@@ -85,6 +85,9 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
         ]
         warps = [Choice(f"num_warps={warps}", {"num_warps": warps}) for warps in (4, 16)]
         yield "groupnorm_each", half, size, launches + warps
+    for weight in ((1280, 2304), (48000, 700), (700, 48000)):
+        warps = [Choice(f"num_warps={warps}", {"num_warps": warps}) for warps in (2, 4, 8, 16)]
+        yield "weightnorm", full, weight, warps
     for dtype in (half, full):
         for op in kernels.ATTENTION:
             yield op, dtype, (14, 150), _attention_choices(dtype)

@@ -76,6 +76,13 @@ def test_zeros_behind_and_another_dtype(normed, dtype, backend, device):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_gradient_without_memory_of_its_own(backend, device):
+    v, g, *_ = drawn((3, 4), device)
+    (value,) = op.weightnorm_each([Weight(v, g)], backend=backend)
+    wanted = torch.autograd.grad(torch._weight_norm(v, g, 0).sum(), (v, g))
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), (v, g)), wanted)
+
+
 @pytest.mark.kernels
 def test_four_weights_share_a_launch(launches, device):
     weights = [drawn((1 + k, 3), device, torch.float32) for k in range(5)] + [

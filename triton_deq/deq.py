@@ -137,8 +137,9 @@ class DEQ(nn.Module):
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
         state_dtype: of the state and the solver's history in both solves; None for z0's. `torch.bfloat16`
-            under autocast halves what the solver moves, and rounds little more than f does: the cell has to
-            return it, as those of this library do. The value comes back in z0's dtype.
+            under autocast halves what the solver moves, and rounds little more than f does; tolerances below
+            about 1e-2 are then out of reach, also in the backward solve. The cell has to return states of
+            it, as those of this library do. The value comes back in z0's dtype.
         backend: "auto", "triton" or "reference".
 
     Raises:
@@ -245,4 +246,5 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         stop = f"tol={self.stopping.tol}, max_steps={self.stopping.max_steps}"
-        return f"solver={self.solver}, {stop}, gradient={self.gradient}"
+        state = "" if self.state_dtype is None else f", state_dtype={self.state_dtype}"
+        return f"solver={self.solver}, {stop}, gradient={self.gradient}{state}"

@@ -49,20 +49,21 @@ def write_value(
     columns,
     inside,
     D: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    NORMAL_STRIDE: tl.constexpr,
     GAIN: tl.constexpr,
     NORMAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """`γ ⊙ n + β` and n."""
-    tile = rows[:, None] * D + columns[None, :]
     value = normal
     if GAIN:
         gain = tl.load(gain_ptr + columns, mask=columns < D, other=0).to(WIDE)
         offset = tl.load(offset_ptr + columns, mask=columns < D, other=0).to(WIDE)
         value = normal * gain[None, :] + offset[None, :]
-    tl.store(value_ptr + tile, value, mask=inside)
+    tl.store(value_ptr + rows[:, None] * VALUE_STRIDE + columns[None, :], value, mask=inside)
     if NORMAL:
-        tl.store(normal_ptr + tile, normal, mask=inside)
+        tl.store(normal_ptr + rows[:, None] * NORMAL_STRIDE + columns[None, :], normal, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "per"])
@@ -80,6 +81,8 @@ def norm_kernel(
     D: tl.constexpr,
     X_STRIDE: tl.constexpr,
     BRANCH_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    NORMAL_STRIDE: tl.constexpr,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
     GAIN: tl.constexpr,
@@ -93,7 +96,8 @@ def norm_kernel(
     """`γ ⊙ n + β` with `n = (s − mean(s)) / σ` of the rows `s = x + m ⊙ y`; on request n and 1/σ.
 
     x, branch y: [B, D], rows X_STRIDE and BRANCH_STRIDE apart    mask m: [B / per, D], each for per rows
-    gain γ, offset β: [D]    value, normal: [B, D]    inverse: [B], of dtype WIDE
+    gain γ, offset β: [D]    value, normal: [B, D], rows VALUE_STRIDE and NORMAL_STRIDE apart
+    inverse: [B], of dtype WIDE
     A row wider than BLOCK is read three times, by ROWS = 1.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -129,6 +133,8 @@ def norm_kernel(
             columns,
             inside,
             D,
+            VALUE_STRIDE,
+            NORMAL_STRIDE,
             GAIN,
             NORMAL,
             WIDE,
@@ -210,6 +216,8 @@ def norm_kernel(
                 columns,
                 inside,
                 D,
+                VALUE_STRIDE,
+                NORMAL_STRIDE,
                 GAIN,
                 NORMAL,
                 WIDE,
@@ -257,15 +265,16 @@ def write_gradient(
     inside,
     per,
     D: tl.constexpr,
+    BRANCH_OUT_STRIDE: tl.constexpr,
     MASK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The gradient in x, and with MASK that in y."""
-    tile = rows[:, None] * D + columns[None, :]
-    tl.store(out_ptr + tile, value, mask=inside)
+    tl.store(out_ptr + rows[:, None] * D + columns[None, :], value, mask=inside)
     if MASK:
         mask_tile = (normal_rows // per)[:, None] * D + columns[None, :]
         mask = tl.load(mask_ptr + mask_tile, mask=inside, other=0).to(WIDE)
+        tile = rows[:, None] * BRANCH_OUT_STRIDE + columns[None, :]
         tl.store(branch_out_ptr + tile, value * mask, mask=inside)
 
 
@@ -285,6 +294,7 @@ def norm_vjp_kernel(
     per,
     D: tl.constexpr,
     VECTOR_STRIDE: tl.constexpr,
+    BRANCH_OUT_STRIDE: tl.constexpr,
     GAIN: tl.constexpr,
     SHIFT: tl.constexpr,
     BEND: tl.constexpr,
@@ -297,7 +307,8 @@ def norm_vjp_kernel(
 
     vector v: [R, D], rows VECTOR_STRIDE apart, R a multiple of B    shift, the gradient in n: [R, D]
     bend, the gradient in 1/σ: [R]    normal n: [B, D]    inverse 1/σ: [B], of dtype WIDE as bend
-    gain γ: [D]    mask m: [B / per, D], each for per rows    out, branch_out: [R, D]
+    gain γ: [D]    mask m: [B / per, D], each for per rows    out: [R, D]
+    branch_out: the same, rows BRANCH_OUT_STRIDE apart
     A row wider than BLOCK is read twice, by ROWS = 1.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -337,6 +348,7 @@ def norm_vjp_kernel(
             inside,
             per,
             D,
+            BRANCH_OUT_STRIDE,
             MASK,
             WIDE,
         )
@@ -394,6 +406,7 @@ def norm_vjp_kernel(
                 inside,
                 per,
                 D,
+                BRANCH_OUT_STRIDE,
                 MASK,
                 WIDE,
             )

@@ -225,6 +225,10 @@ def call_norm(entry: Entry, x: torch.Tensor) -> None:
     elif entry.name.startswith("norm_vjp"):
         extra = (x, inverse, mask) if values["MASK"] else (None, None, None)
         norm.norm_vjp_fwd(x, x, inverse, gain, *extra)
+    elif values["NORMAL_STRIDE"] != width:
+        branch = x.to(DTYPES[values["branch_ptr"].dtype])
+        rows = x.new_empty(*x.shape[:2], values["NORMAL_STRIDE"], dtype=DTYPES[values["normal_ptr"].dtype])
+        norm.norm_value(x, branch, mask, backend="triton", also=rows[..., :width])
     elif values["NORMAL"]:
         norm.norm_fwd(x, x, mask, gain, gain, values["EPSILON"], None, x, inverse)
     else:

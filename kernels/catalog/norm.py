@@ -1,6 +1,5 @@
 """The residual LayerNorm's kernels in the catalog."""
 
-from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -18,16 +17,18 @@ def _norm(
     *,
     recorded: bool = False,
     branch: str | None = None,
+    also: tuple[str, int] | None = None,
 ) -> Entry:
     """Of x, a branch and its mask, one row for per rows; recorded: n and 1/σ are written too.
 
-    branch: its dtype if not x's, as under autocast.
+    branch: its dtype if not x's, as under autocast. also: of which dtype, and how far apart, the rows are in
+    which the value is left for a product as well.
     """
-    pointers = ("x_ptr", "branch_ptr", "value_ptr", *(("normal_ptr",) if recorded else ()))
+    pointers = ("x_ptr", "branch_ptr", "value_ptr", *(("normal_ptr",) if recorded or also else ()))
     others = ("mask_ptr", "gain_ptr", "offset_ptr", "normal_ptr")
     wide = Pointer("fp64" if dtype == "fp64" else "fp32")
     branch = branch or dtype
-    size = (3 if recorded else 2) * BYTES[dtype] + BYTES[branch]
+    size = (3 if recorded else 2) * BYTES[dtype] + BYTES[branch] + (BYTES[also[0]] if also else 0)
     return Entry(
         op="norm",
         name=name_of("norm", dtype, width, note),
@@ -36,16 +37,19 @@ def _norm(
         arguments={
             **dict.fromkeys((*pointers, *others), Pointer(dtype)),
             "branch_ptr": Pointer(branch),
+            **({"normal_ptr": Pointer(also[0])} if also else {}),
             "inverse_ptr": wide if recorded else Pointer(dtype),
             "B": rows,
             "per": per,
             "D": width,
             "X_STRIDE": width,
             "BRANCH_STRIDE": width,
+            "VALUE_STRIDE": width,
+            "NORMAL_STRIDE": also[1] if also else width,
             "BRANCH": True,
             "MASK": True,
-            "GAIN": True,
-            "NORMAL": recorded,
+            "GAIN": not also,
+            "NORMAL": recorded or also is not None,
             "INVERSE": recorded,
             "EPSILON": 1e-5,
             **_tiles(dtype, width),
@@ -53,7 +57,9 @@ def _norm(
         contiguous=pointers,
         traffic=lambda entry, rows, width: (size * rows + (rows // per + 2) * BYTES[dtype]) * width,
         work=lambda entry, rows, width: {unit_of(entry): 11 * rows * width},
-        budget=replace(_budget(dtype, width), load=_budget(branch, width).load),
+        budget=Budget(
+            load=_budget(branch, width).load, store=_budget(also[0] if also else dtype, width).store
+        ),
         options=_options(width),
     )
 
@@ -93,6 +99,7 @@ def _norm_vjp(
             "per": per if both else 1,
             "D": width,
             "VECTOR_STRIDE": width,
+            "BRANCH_OUT_STRIDE": width,
             "GAIN": general or not both,
             "SHIFT": both,
             "BEND": general,
@@ -132,6 +139,7 @@ def _budget(dtype: str, width: int) -> Budget:
 ENTRIES = (
     _norm("fp32", 2100, 700, 150),
     _norm("fp32", 2100, 700, 150, "narrow branch", branch="bf16"),
+    _norm("fp32", 2100, 700, 150, "two places", branch="bf16", also=("bf16", 704)),
     _norm("bf16", 2100, 700, 150),
     _norm("bf16", 4096, 1024, 512),
     _norm("fp32", 4096, 1024, 512, "recorded", recorded=True),

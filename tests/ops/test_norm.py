@@ -453,3 +453,47 @@ def test_a_wider_mask_is_read_as_it_is(device, monkeypatch):
     for found, grad in zip(torch.autograd.grad(recorded, leaves, vector), expected, strict=True):
         assert found.dtype == torch.float16
         torch.testing.assert_close(found, grad, **close)
+
+
+def places(device, dtype=torch.float64):
+    """Rows with others behind them; every other sequence of more; a transposed one."""
+    rows = torch.full((2, 3, 9), torch.nan, dtype=dtype, device=device)
+    some = torch.full((4, 3, 6), torch.nan, dtype=dtype, device=device)
+    across = torch.full((2, 6, 3), torch.nan, dtype=dtype, device=device)
+    return rows[..., :6], some[::2], across.mT
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_results_in_places_of_any_strides(which, backend, device):
+    x, branch, more, vector = (torch.randn(2, 3, 6, dtype=torch.float64, device=device) for _ in range(4))
+    mask = torch.randn(2, 1, 6, dtype=torch.float64, device=device)
+    wanted, normal, inverse = reference.norm(x, branch, mask)
+    out, also, place = (places(device)[which] for _ in range(3))
+    assert op.norm_value(x, branch, mask, backend=backend, out=out, also=also) is out
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(also, wanted)
+
+    of_x, of_branch = op.norm_vjps(vector, normal, inverse, more, mask, backend=backend, branch_out=place)
+    assert of_branch is place
+    expected = op.norm_vjps(vector, normal, inverse, more, mask, backend="reference")
+    torch.testing.assert_close((of_x, of_branch), expected)
+    unmasked = op.norm_vjps(vector, normal, inverse, more, backend=backend, branch_out=place)
+    torch.testing.assert_close(unmasked[1], unmasked[0])
+    assert unmasked[1] is place
+
+
+@pytest.mark.kernels
+def test_evenly_spaced_rows_are_written_by_the_kernel(device, monkeypatch):
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *given: copies.append(1))
+    x = torch.randn(2, 3, 6, dtype=torch.float64, device=device)
+    rows, _, _ = places(device)
+    op.norm_value(x, x, backend="triton", out=rows)
+    assert rows.isfinite().all()
+    assert rows._base[..., 6:].isnan().all()
+    assert not copies
+
+
+def test_another_place_is_for_a_value_without_gain():
+    with pytest.raises(ValueError, match="also with a gain"):
+        op.norm_value(X, gain=X[0, 0], offset=X[0, 0], also=torch.empty_like(X))

@@ -357,12 +357,16 @@ class TransformerCell(nn.Module):
         if z.shape != u.shape:
             raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {u.shape}: give z that shape")
         masks = (None, None, None) if u.masks is None else u.masks[:3]
-        heads = self._heads(normed(z, dtype=u.weights.qkv.dtype) if self.pre_norm else z, u)
+        place = _place(u) if normed is norm_value else None
+        n = z
+        if self.pre_norm:
+            n = normed(z, dtype=u.weights.qkv.dtype) if place is None else normed(z, out=place)
+        heads = self._heads(_taken(n, u, n is place), u)
         mixed = attention(*heads, u.context)
-        branch = functional.linear(mixed.flatten(2), u.weights.out, u.weights.out_bias)
-        s = normed(z, branch[..., : self.width], masks[0])
+        branch = functional.linear(mixed.flatten(2), u.weights.out, u.weights.out_bias)[..., : self.width]
+        s = normed(z, branch, masks[0]) if place is None else normed(z, branch, masks[0], also=place)
 
-        inner = feedforward(_taken(s, u), u.weights.up, self.up.bias, masks[1])
+        inner = feedforward(_taken(s, u, place is not None), u.weights.up, self.up.bias, masks[1])
         branch = functional.linear(inner, u.weights.down, u.weights.down_bias)[..., : self.width]
         if not self.pre_norm:
             return normed(s, branch, masks[2], out=out), heads, inner
@@ -370,8 +374,7 @@ class TransformerCell(nn.Module):
         return torch.add(s, branch, out=out).to(s.dtype), heads, inner
 
     def _heads(self, n: Tensor, u: TransformerInjection) -> Heads:
-        """q, k and v `[B, T, H, d]`, views of one product."""
-        n = _taken(n, u)
+        """q, k and v `[B, T, H, d]`, views of one product; n as products take it."""
         if u.qkv is None:
             product = functional.linear(n, u.weights.qkv)
         else:
@@ -408,13 +411,26 @@ def _with_zeros(tensor: Tensor, dim: int, count: int) -> Tensor:
     return functional.pad(tensor, (0, 0) * (-1 - dim) + (0, count)) if count else tensor
 
 
-def _taken(rows: Tensor, u: TransformerInjection) -> Tensor:
-    """Rows `[B, T, D]` as products take them: in their dtype, and with the zeros that its matrices have."""
+def _place(u: TransformerInjection) -> Tensor | None:
+    """Where rows `[B, T, D]` may be left for the product that takes them next, if they need zeros behind."""
+    if u.room is None or transformed() or torch.is_grad_enabled():  # who records a gradient may keep rows
+        return None
+    return u.room[..., : u.shape[-1]]
+
+
+def _taken(rows: Tensor, u: TransformerInjection, there: bool = False) -> Tensor:
+    """Rows `[B, T, D]` as products take them: in their dtype, and with the zeros that its matrices have.
+
+    there: they have been left in `_place(u)`.
+    """
     if u.room is None:
         return rows.to(u.weights.qkv.dtype)
-    if transformed() or torch.is_grad_enabled():  # who records a gradient may keep the rows
+    if there:
+        return u.room
+    place = _place(u)
+    if place is None:
         return _with_zeros(rows.to(u.room.dtype), -1, u.room.shape[-1] - rows.shape[-1])
-    u.room[..., : rows.shape[-1]] = rows
+    place.copy_(rows)
     return u.room
 
 
@@ -446,18 +462,21 @@ class Pullback:
         return torch.stack([self._one(each) for each in vector.flatten(0, -4)]).view(vector.shape)
 
     def _one(self, vector: Tensor) -> Tensor:
-        weights, masks = self.u.weights, self.u.masks
+        weights, masks, place = self.u.weights, self.u.masks, _place(self.u)
         pulled, dropped = (None, None) if masks is None else (masks.pulled, masks.attention)
         if self.last is None:
-            at_s, of_branch = vector, _masked(vector, pulled, weights.down.dtype)
+            at_s, of_branch = vector, _masked(vector, pulled, weights.down.dtype, place)
         else:
-            at_s, of_branch = norm_vjps(vector, *self.last, mask=pulled, dtype=weights.down.dtype)
-        of_inner = feedforward_vjp(_taken(of_branch, self.u), weights.down, self.inner)
+            at_s, of_branch = norm_vjps(
+                vector, *self.last, mask=pulled, dtype=weights.down.dtype, branch_out=place
+            )
+        of_inner = feedforward_vjp(_taken(of_branch, self.u, of_branch is place), weights.down, self.inner)
         more = _times(of_inner, weights.up)[..., : vector.shape[-1]]
 
         # Of the two terms the first may have gaps between its rows.
-        at_z, of_branch = norm_vjps(more, *self.middle, at_s, dropped, weights.out.dtype)
-        of_mixed = _times(_taken(of_branch, self.u), weights.out).view(self.heads[0].shape)
+        at_z, of_branch = norm_vjps(more, *self.middle, at_s, dropped, weights.out.dtype, branch_out=place)
+        of_branch = _taken(of_branch, self.u, of_branch is place)
+        of_mixed = _times(of_branch, weights.out).view(self.heads[0].shape)
         of_heads = attention_vjp(of_mixed, *self.heads, self.u.context, evaluated=self.evaluated)
         of_n = _times(of_heads.flatten(2), weights.qkv)[..., : vector.shape[-1]]
         if self.first is not None:
@@ -465,11 +484,12 @@ class Pullback:
         return (at_z + of_n).to(self.dtype)
 
 
-def _masked(vector: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`m ⊙ v` in dtype, in one pass where no gradient is recorded."""
+def _masked(vector: Tensor, mask: Tensor | None, dtype: torch.dtype, place: Tensor | None) -> Tensor:
+    """`m ⊙ v` in dtype, in one pass where no gradient is recorded, and there in the place if there is one."""
     if mask is None or torch.is_grad_enabled() or transformed():
         return (vector if mask is None else vector * mask).to(dtype)
-    return torch.mul(vector, mask, out=vector.new_empty(vector.shape, dtype=dtype))
+    place = vector.new_empty(vector.shape, dtype=dtype) if place is None else place
+    return torch.mul(vector, mask, out=place)
 
 
 def _times(vector: Tensor, weight: Tensor) -> Tensor:

@@ -77,24 +77,31 @@ def norm_value(
     backend: str = "auto",
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    also: Tensor | None = None,
 ) -> Tensor:
     """The value of `norm` alone: where no gradient is recorded, nothing else is written.
 
-    out: where it is left, of x's shape and dtype; only without gradients. dtype: of the value instead of x's,
-    for a product that takes fewer bits; then without out.
+    out: where it is left, of x's shape and any dtype; only without gradients. dtype: of the value instead of
+    x's, for a product that takes fewer bits; then without out. also: another place for it, likewise; only
+    without gain.
     """
     _check(x, branch, mask, gain, offset, epsilon)
     if out is not None and dtype is not None:
         raise ValueError(f"dtype={dtype} with out, whose dtype is {out.dtype}: give one of the two")
+    if also is not None and gain is not None:
+        raise ValueError("also with a gain: the kernel would leave the value before it there; copy the value")
     served = _served(x, backend, mask, branch, gain, offset)
-    if served and not _recorded(x, branch, mask, gain, offset) and (out is None or out.is_contiguous()):
+    fit = all(place is None or _apart(place) for place in (out, also))
+    if served and fit and not _recorded(x, branch, mask, gain, offset):
         out = x.new_empty(x.shape, dtype=dtype or x.dtype) if out is None else out
-        return norm_fwd(x, branch, mask, gain, offset, epsilon, out)
+        return norm_fwd(x, branch, mask, gain, offset, epsilon, out, also)
     branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
     if served:
         value = NormFunction.apply(x, branch, mask, gain, offset, epsilon)[0]
     else:
         value = reference.norm_value(x, branch, mask, gain, offset, epsilon)
+    if also is not None:
+        also.copy_(value)
     return value.to(dtype or x.dtype) if out is None else out.copy_(value)
 
 
@@ -132,6 +139,7 @@ def norm_vjps(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    branch_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `⟨v + w, n⟩` in both terms of a residual sum: `g` in x, and `m ⊙ g` in y.
 
@@ -144,6 +152,7 @@ def norm_vjps(
         mask: m as in `norm`, or None.
         dtype: of the second result, for the product that it goes into; n's by default.
         backend: "auto", "triton" or "reference".
+        branch_out: where the second result is left, of its shape and dtype; only without gradients.
 
     Returns:
         g in n's dtype and m ⊙ g in the other, in one launch where the kernels serve and no gradient is
@@ -165,12 +174,15 @@ def norm_vjps(
     if not served or _recorded(vector, normal, inverse, more, mask):
         total = vector if more is None else vector + more
         value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
-        return value, (value if mask is None else value * mask).to(dtype)
-    branch_out = None if mask is None else normal.new_empty(normal.shape, dtype=dtype)
-    value, branch_value = norm_vjp_fwd(
-        vector, normal, inverse, None, more, None, mask, _fresh(normal), branch_out
-    )
-    return value, branch_value.to(dtype)
+        branch_value = (value if mask is None else value * mask).to(dtype)
+        return value, branch_value if branch_out is None else branch_out.copy_(branch_value)
+    place = branch_out if branch_out is not None and _apart(branch_out) else None
+    if place is None and mask is not None:
+        place = normal.new_empty(normal.shape, dtype=dtype)
+    value, branch_value = norm_vjp_fwd(vector, normal, inverse, None, more, None, mask, _fresh(normal), place)
+    if branch_out is None or branch_value is branch_out:
+        return value, branch_value.to(dtype)
+    return value, branch_out.copy_(branch_value)
 
 
 # ------------------------------------------------------------------------------------------- the launches
@@ -187,7 +199,10 @@ def norm_fwd(
     normal: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Tensor:
-    """The value by the kernel, into `out` if given; n and 1/σ into the others. Those are contiguous."""
+    """The value by the kernel, into `out` if given; n and 1/σ into the others.
+
+    Rows of value and n are `_apart`, and 1/σ is contiguous.
+    """
     value = _fresh(x) if out is None else out
     rows, stride = _rows(x)
     branch_rows, branch_stride = (rows, stride) if branch is None else _rows(branch)
@@ -209,6 +224,8 @@ def norm_fwd(
         D=x.shape[-1],
         X_STRIDE=stride,
         BRANCH_STRIDE=branch_stride,
+        VALUE_STRIDE=_apart(value),
+        NORMAL_STRIDE=_apart(value if normal is None else normal),
         BRANCH=branch is not None,
         MASK=mask is not None,
         GAIN=gain is not None,
@@ -239,12 +256,13 @@ def norm_vjp_fwd(
         shift: the gradient in n, like vector, or None.
         bend: the gradient in 1/σ, `[..., 1]`, in its dtype, or None.
         mask: m, which broadcasts to n, or None.
-        out, branch_out: where the gradients in x and in the branch are left, contiguous.
+        out, branch_out: where the gradients in x and in the branch are left; out is contiguous, and the rows
+            of the other are `_apart`. Without a mask there is one gradient, in out.
     """
     value = _fresh(vector) if out is None else out
-    branch_value = branch_out
-    if branch_value is None:
-        branch_value = value if mask is None else _fresh(vector)
+    branch_value = value
+    if mask is not None:
+        branch_value = _fresh(vector) if branch_out is None else branch_out
     rows, stride = _rows(vector)
     normal_rows = normal.reshape(-1, normal.shape[-1]).contiguous()
     mask_rows, per = (rows, 1) if mask is None else _mask_rows(mask, normal.shape)
@@ -266,6 +284,7 @@ def norm_vjp_fwd(
         per,
         D=vector.shape[-1],
         VECTOR_STRIDE=stride,
+        BRANCH_OUT_STRIDE=_apart(branch_value),
         GAIN=gain is not None,
         SHIFT=shift is not None,
         BEND=bend is not None,
@@ -421,6 +440,21 @@ def _fresh(like: Tensor) -> Tensor:
 
 def _fresh_inverse(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], 1, dtype=accumulate_dtype(x.dtype))
+
+
+def _apart(place: Tensor) -> int:
+    """How far apart the rows begin of what is written into, dense themselves; 0 where not evenly."""
+    *sizes, width = place.shape
+    if place.is_contiguous():
+        return width
+    apart = expected = place.stride(-2)
+    if place.stride(-1) != 1 or apart < width:
+        return 0
+    for size, stride in zip(sizes[::-1], place.stride()[-2::-1], strict=True):
+        if size > 1 and stride != expected:
+            return 0
+        expected *= size
+    return apart
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, int]:

@@ -1,6 +1,7 @@
 """What cells ask of the layers they are made of."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ def weights_of(
     parts = [_parts_of(layer) for layer in layers]
     least = least or [(0, 0)] * len(parts)
     weights = [Weight(v, g, *size) for (v, g), size in zip(parts, least, strict=True)]
-    # The others are what they ought to be already.
-    made = [each for each in weights if _differs(each, dtype)]
-    values = iter(weightnorm_each(made, dtype))
-    return [next(values) if _differs(each, dtype) else each.v for each in weights]
+    differ = [_differs(each, dtype) for each in weights]
+    made = iter(weightnorm_each(list(compress(weights, differ)), dtype))
+    return [
+        next(made) if each_differs else each.v for each, each_differs in zip(weights, differ, strict=True)
+    ]
 
 
 def products_dtype(like: Tensor) -> torch.dtype:
@@ -45,20 +47,18 @@ def products_dtype(like: Tensor) -> torch.dtype:
 
 
 def called_narrow(module: nn.Module, like: Tensor, *given: Any) -> Any:
-    """What a module makes of `given` under autocast, without gradients: the weights that autocast would cast
-    one by one are cast in shared launches. like: on their device."""
-    device = like.device.type
-    if not (torch.is_autocast_enabled(device) and kernels_serve(like, "auto", autocast=True)):
+    """What a module makes of `given`, without gradients.
+
+    The weights that autocast would cast one by one are cast in shared launches. like: on their device.
+    """
+    if not (torch.is_autocast_enabled(like.device.type) and kernels_serve(like, "auto", autocast=True)):
         return module(*given)
     wide = {
-        f"{path}.{name}" if path else name: parameter
-        for path, layer in module.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
-        for name, parameter in layer.named_parameters(recurse=False)
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Conv2d | nn.Linear)
     }
-    narrow = weightnorm_each(
-        [Weight(each.detach()) for each in wide.values()], torch.get_autocast_dtype(device)
-    )
+    narrow = weightnorm_each([Weight(each.detach()) for each in wide.values()], products_dtype(like))
     return functional_call(module, dict(zip(wide, narrow, strict=True)), given)
 
 

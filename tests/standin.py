@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from triton_deq import gradients
 from triton_deq.cells import mlp as cell
-from triton_deq.ops import anderson, broyden, jacobian, mlp
+from triton_deq.ops import anderson, broyden, jacobian, mlp, weightnorm
 from triton_deq.ops.launch import launch_anew
 from triton_deq.solvers import graph, loop
 
-OPS = (anderson, broyden, jacobian, mlp)
+OPS = (anderson, broyden, jacobian, mlp, weightnorm)
 
 
 class Recorder(TorchDispatchMode):

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 
 import triton_deq as td
 from tests import standin
-from triton_deq.cells import layers
 from triton_deq.models import (
     CONFIGURATIONS,
     IMAGE_CONFIGURATIONS,
@@ -40,8 +39,8 @@ def graphs(device, monkeypatch):
     if device != "cuda":
         standin.install(monkeypatch)
         # tests/cells has these kernels; here they would only take their time.
-        for user in (layers, attention, feedforward, fusion, groupnorm, norm):
-            monkeypatch.setattr(user, "kernels_serve", lambda *given, **options: False)
+        for op in (attention, feedforward, fusion, groupnorm, norm):
+            monkeypatch.setattr(op, "kernels_serve", lambda *given, **options: False)
 
 
 def pair(device, configuration=SMALL, kind=MDEQClassifier):

@@ -239,3 +239,15 @@ def test_an_activation_of_ones_own():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_normalised_weight_is_made_once_an_evaluation(monkeypatch):
+    made = []
+    real = torch._weight_norm
+    monkeypatch.setattr(torch, "_weight_norm", lambda *given: (made.append(1), real(*given))[1])
+    cell = td.MLPCell(4, 3)
+    torch.nn.utils.parametrizations.weight_norm(cell.state)
+    z, u = torch.randn(2, 4), cell.inject(torch.randn(2, 3))
+    made.clear()
+    cell(z, u)
+    assert len(made) == 1

@@ -40,10 +40,9 @@ def weights_of(
     ]
 
 
-def products_dtype(like: Tensor) -> torch.dtype:
-    """In which autocast has products taken on like's device; like's own dtype without it."""
-    device = like.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which autocast has products taken there; None without it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def called_narrow(module: nn.Module, like: Tensor, *given: Any) -> Any:
@@ -51,14 +50,15 @@ def called_narrow(module: nn.Module, like: Tensor, *given: Any) -> Any:
 
     The weights that autocast would cast one by one are cast in shared launches. like: on their device.
     """
-    if not (torch.is_autocast_enabled(like.device.type) and kernels_serve(like, "auto", autocast=True)):
+    dtype = autocast_dtype(like.device)
+    if dtype is None or not kernels_serve(like, "auto", autocast=True):
         return module(*given)
     wide = {
         name: parameter
         for name, parameter in module.named_parameters()
         if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Conv2d | nn.Linear)
     }
-    narrow = weightnorm_each([Weight(each.detach()) for each in wide.values()], products_dtype(like))
+    narrow = weightnorm_each([Weight(each.detach()) for each in wide.values()], dtype)
     return functional_call(module, dict(zip(wide, narrow, strict=True)), given)
 
 

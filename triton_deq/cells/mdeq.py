@@ -12,7 +12,7 @@ from ..checks import check_count, check_number
 from ..ops.fusion import Sum, fusion_each, fusion_vjp_each
 from ..ops.groupnorm import groupnorm_vjp_each
 from ..ops.launch import kernels_serve
-from .layers import does_as, normalise_kernels, weights_of
+from .layers import autocast_dtype, does_as, normalise_kernels, weights_of
 from .mdeq_layers import (
     KINDS,
     Advance,
@@ -175,8 +175,6 @@ class MDEQCell(nn.Module):
         return self.blocks[0].norm.weight
 
     def _weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        device = x.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for layer in self.modules():
             kind = next((kind for kind in KINDS if isinstance(layer, kind)), None)
             if kind is not None and not does_as(kind, layer):
@@ -184,7 +182,7 @@ class MDEQCell(nn.Module):
                     f"a {kind.__name__} of the cell was replaced or has a hook, and the cell reads its "
                     "weights without calling it: change the weight by torch.nn.utils.parametrize instead"
                 )
-        weights = weights_of([unit.conv for unit in self._units], cast, x)
+        weights = weights_of([unit.conv for unit in self._units], autocast_dtype(x.device), x)
         return tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights)
 
     def _joined(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

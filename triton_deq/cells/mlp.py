@@ -92,7 +92,7 @@ class MLPCell(nn.Module):
         """The next state from z and `u = inject(x)`."""
         _check_width("z", z, "width", self.width)
         _check_width("u", u, "width" if self.output is None else "hidden", self.injection.out_features)
-        state = self._taken(z)
+        state = _taken(z, u)
         if not self._layers_as_built:
             value = self.activation(self.state(state) + u)
         elif self.output is None:
@@ -101,12 +101,6 @@ class MLPCell(nn.Module):
             value = mlp(state, self.state.weight, u, self.activation)
         value = value if self.output is None else self.output(value)
         return (value if self.norm is None else self.norm(value)).to(z.dtype)
-
-    def _taken(self, z: Tensor) -> Tensor:
-        """z as the product takes it: autocast would cast it, and without it a state may be kept narrow."""
-        if torch.is_autocast_enabled(z.device.type) or not self._layers_as_built:
-            return z
-        return z.to(self.state.weight.dtype)
 
     def write(self, z: Tensor, u: Tensor, out: Tensor) -> None:
         """The next state into `out`, contiguous; without gradients."""
@@ -152,7 +146,7 @@ class MLPCell(nn.Module):
         return self._vjp if self._as_built else None
 
     def _vjp(self, z: Tensor, u: Tensor) -> tuple[Tensor, "Pullback"]:
-        value, slope = mlp_and_slope(self._taken(z), self.state.weight, u, self.activation)
+        value, slope = mlp_and_slope(_taken(z, u), self.state.weight, u, self.activation)
         if self.output is not None:
             value = self.output(value)
         output = None if self.output is None else self.output.weight
@@ -193,6 +187,11 @@ class MLPCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation.name!r}"
+
+
+def _taken(z: Tensor, u: Tensor) -> Tensor:
+    """z in the dtype of the products, that of u: autocast casts it, and without it a state may be narrow."""
+    return z if torch.is_autocast_enabled(z.device.type) else z.to(u.dtype)
 
 
 def _check_width(name: str, value: Tensor, field: str, wanted: int) -> None:

@@ -21,7 +21,7 @@ from ..ops.attention import (
 from ..ops.feedforward import feedforward, feedforward_vjp
 from ..ops.launch import transformed
 from ..ops.norm import norm, norm_value, norm_vjps
-from .layers import does_as, normalise_weight, weights_of
+from .layers import autocast_dtype, does_as, normalise_weight, weights_of
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k and v, `[B, T, H, d]` each."""
@@ -189,9 +189,7 @@ class TransformerCell(nn.Module):
         """u from the embedded tokens `[B, T, D]`, or from `(tokens, memory)`."""
         tokens, memory = x if isinstance(x, tuple) else (x, None)
         self._check(tokens, memory)
-        device = tokens.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype = cast or self.content_bias.dtype
+        dtype = autocast_dtype(tokens.device) or self.content_bias.dtype
         like = tokens.new_empty(1, dtype=dtype)
         spare, behind = (spare_columns(like, columns) for columns in (self.head_width, self.width))
         weights = self._weights(like, self.width + behind, spare)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cells.layers import called_narrow, products_dtype
+from ..cells.layers import autocast_dtype, called_narrow
 from ..cells.mdeq import MDEQCell
 from ..cells.mdeq_layers import MDEQInjection, Scale, for_products, pack, unpack
 from ..deq import DEQ, Injected
@@ -166,7 +166,7 @@ class MDEQ(nn.Module):
         return self.cell.inject(features), guess
 
     def _after(self, z: Tensor, scales: Sequence[Scale]) -> Tensor:
-        maps = for_products(unpack(z, scales), products_dtype(z))
+        maps = for_products(unpack(z, scales), autocast_dtype(z.device) or z.dtype)
         return called_narrow(self.head, z, maps)
 
     @torch.no_grad()

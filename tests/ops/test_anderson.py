@@ -66,11 +66,14 @@ def test_batch_norm_over_more_samples_than_one_vector_holds(device):
 
 @kernels
 def test_same_bits_every_time(device):
+    """Of an f that has them: the first tanh of a process on a CPU may differ from later ones by 5e-5."""
+
     def run():
         x = Case(torch.float32, (2, 5000), torch.device(device), 5).randn(2, 5000)
         state = op.anderson_start(x, 3, 1e-6, 4, "triton")
         for step in range(4):
-            op.anderson_residual(state, torch.tanh(state.x + 0.1 * x), step, 1.0, "triton")
+            z = state.x + 0.1 * x
+            op.anderson_residual(state, z / (1 + z.abs()), step, 1.0, "triton")
             op.anderson_advance(state, step, **RULE, last=False, backend="triton")
         return state
 

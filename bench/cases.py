@@ -85,15 +85,18 @@ class Case:
         return self.op, self.mode, str(self.dtype).removeprefix("torch."), self.shape
 
 
-def ours(setting: Setting) -> list[tuple[str, str]]:
-    """The names and backends of this library's variants: on a GPU the kernels, and the reference too."""
+def ours(setting: Setting, on_cpu: str = "auto") -> list[tuple[str, str]]:
+    """The names and backends of this library's variants: on a GPU the kernels, and the reference too.
+
+    on_cpu: there, what a user gets; or "reference" for an op that has nothing else.
+    """
     if setting.gpu:
         return [("triton-deq", "triton"), ("triton-deq reference", "reference")]
     from triton_deq.backend import interpreting
 
     # A rehearsal runs the interpreted kernels; elsewhere on a CPU they are nothing to time.
     rehearsal = setting.scale == "tiny" and interpreting()
-    return [("triton-deq", "triton" if rehearsal else "reference")]
+    return [("triton-deq", "triton" if rehearsal else on_cpu)]
 
 
 def kernels_alone(setting: Setting) -> list[tuple[str, str]]:

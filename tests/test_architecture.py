@@ -22,6 +22,7 @@ FLOORS = (
     ("backend", "status", "environment", "memory", "page", "timing", "trees"),
     ("checks", "kernels"),
     ("reference",),
+    ("compiled",),
     ("ops",),
     ("solvers", "cells", "jacobian"),
     ("gradients",),
@@ -37,12 +38,14 @@ FLOORS = (
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 # The arrows that floors alone would allow and the design does not.
-ONLY_IMPORTED_BY = {"kernels": {"ops", "verification", "inspection"}}
+ONLY_IMPORTED_BY = {"kernels": {"ops", "verification", "inspection"}, "compiled": {"ops"}}
 IMPORTS_NOTHING_OF_OURS = {"kernels"}
 
 # Third-party packages. What is not named here is for everyone.
 RUNTIME = {"torch", "numpy"}
 THIRD_PARTY = {
+    "backend": RUNTIME | {"numba"},
+    "compiled": RUNTIME | {"numba"},
     "kernels": {"triton"},
     "ops": RUNTIME | {"triton"},
     "verification": RUNTIME | {"triton"},
@@ -214,12 +217,12 @@ def test_import_asks_no_device_anything() -> None:
                 if hasattr(module, question):
                     setattr(module, question, refuse)
 
-        def triton_modules():
-            return {name for name in sys.modules if name.split(".")[0] == "triton"}
+        def compilers():
+            return {name for name in sys.modules if name.split(".")[0] in ("triton", "numba")}
 
-        before = triton_modules()  # some builds of PyTorch import triton by themselves
+        before = compilers()  # some builds of PyTorch import triton by themselves
         import triton_deq
-        assert triton_modules() == before, "importing triton_deq imported triton"
+        assert compilers() == before, "importing triton_deq imported triton or numba"
         assert not torch.cuda.is_initialized(), "importing triton_deq initialised CUDA"
     """)
 

@@ -1,7 +1,8 @@
 """Which implementation serves a tensor, and why.
 
 `triton` are the kernels: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
-`reference` is plain PyTorch and works everywhere.
+`reference` is plain PyTorch and works everywhere. `numba` is the reference with the solver's own steps
+compiled for a CPU, which pays for small states.
 """
 
 import importlib.util
@@ -9,14 +10,18 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "reference", "numba")
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Asked for at every op, where torch.compile could not trace the search."""
+
+SMALL = 1 << 18
+"""Up to how many entries of a state one thread of compiled code beats PyTorch's operators on several."""
 
 _ambient: ContextVar[str] = ContextVar("ambient", default="auto")
 
@@ -46,17 +51,17 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
 
     Args:
         tensor: any tensor of the computation; only its device counts.
-        requested: "auto" takes Triton on a GPU tensor (and in the interpreter), else the reference.
+        requested: "auto" takes Triton on a GPU tensor (and in the interpreter), else the reference; "numba"
+            the reference, since it has no more than solvers' steps.
 
     Raises:
         ValueError: an unknown name, or "triton" where no kernel can run.
     """
-    if requested not in BACKENDS:
-        raise ValueError(f"backend={requested!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}")
-    if requested == "auto" and not torch.compiler.is_compiling():  # which cannot trace a context variable
-        requested = _ambient.get()
+    requested = _resolved(requested)
     if requested == "reference":
         return "reference", "asked for by name"
+    if requested == "numba":
+        return "reference", "only solvers' steps are compiled by Numba"
 
     obstacle = _obstacle(tensor)
     if requested == "triton":
@@ -69,6 +74,58 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
     if obstacle:
         return "reference", obstacle
     return "triton", "interpreted kernels" if tensor.device.type == "cpu" else "the tensor is on a GPU"
+
+
+def choose_step(z0: Tensor, requested: str = "auto") -> str:
+    """What takes a solver's steps from z0: "triton" or "reference" as `choose` says, or "numba".
+
+    "auto" takes Numba for the reference where that can serve: on a CPU, in float32 or float64. With several
+    threads it has to be a state of at most `SMALL` entries: beyond, PyTorch's threads are faster than one.
+
+    Raises:
+        ValueError: as `choose`, or "numba" where it cannot serve.
+    """
+    name, _ = choose(z0, requested)
+    if requested == "numba":
+        obstacle = _numba_obstacle(z0)
+        if obstacle:
+            raise ValueError(
+                f"backend='numba' cannot serve here: {obstacle}. Use backend='auto' or 'reference'"
+            )
+        return "numba"
+    small = z0.numel() <= SMALL or torch.get_num_threads() == 1
+    serves = name == "reference" and _resolved(requested) != "reference" and small and not _numba_obstacle(z0)
+    return "numba" if serves else name
+
+
+def _resolved(requested: str) -> str:
+    """What is asked for, all things considered."""
+    if requested not in BACKENDS:
+        raise ValueError(f"backend={requested!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}")
+    if requested == "auto" and not torch.compiler.is_compiling():  # which cannot trace a context variable
+        return _ambient.get()
+    return requested
+
+
+def _numba_obstacle(z0: Tensor) -> str:
+    """What keeps Numba's steps from serving this state; empty if nothing does."""
+    if z0.device.type != "cpu":
+        return f"the state is on {z0.device.type!r}"
+    if type(z0) not in (Tensor, torch.nn.Parameter):
+        return f"the state is a {type(z0).__name__}, which NumPy cannot see"
+    if z0.dtype not in (torch.float32, torch.float64):
+        return f"the state has dtype {z0.dtype}, and it knows float32 and float64"
+    return _numba_missing()
+
+
+@cache
+def _numba_missing() -> str:
+    """Why Numba cannot be imported: it may be absent, or not know the NumPy that is installed."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return f"{error} (pip install triton-deq[cpu])"
+    return ""
 
 
 def kernels_can(tensor: Tensor) -> bool:

@@ -140,7 +140,7 @@ class DEQ(nn.Module):
             under autocast halves what the solver moves, and rounds little more than f does; tolerances below
             about 1e-2 are then out of reach, also in the backward solve. The cell has to return states of
             it, as those of this library do. The value comes back in z0's dtype.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "reference" or "numba"; see `solve`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.

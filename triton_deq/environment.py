@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "triton-deq", "torchdeq")
+PACKAGES = ("torch", "triton", "numba", "triton-deq", "torchdeq")
 
 
 def environment(device: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:

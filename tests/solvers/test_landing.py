@@ -44,7 +44,9 @@ def test_the_same_steps_with_fewer_bytes(name, entries, backend, device):
     assert f.landed == solution.nfe
     torch.testing.assert_close(solution.value, plain.value, rtol=1e-5, atol=1e-6)
     assert torch.equal(solution.steps, plain.steps)
-    if entries == 2100 and name != "mixed" and device == "cpu":
+    if (
+        entries == 2100 and name != "mixed" and device == "cpu" and backend != "numba"
+    ):  # whose bytes are not seen
         saved = plain_counts.steps[5].moved - counter.steps[5].moved
         assert saved >= (1 if backend == "triton" else 2) * z0.numel() * z0.element_size()
 

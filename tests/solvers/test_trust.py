@@ -171,6 +171,12 @@ def test_ten_thousand_random_problems():
     assert problems >= PROBLEMS_AT_LEAST
 
 
+def test_thousands_of_them_on_compiled_steps():
+    pytest.importorskip("numba")
+    seeds = [seed for seed in range(SEEDS) if Problem(seed).dtype in (torch.float32, torch.float64)]
+    assert sum(check(seed, "numba") for seed in seeds) >= PROBLEMS_AT_LEAST // 3
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("seed", range(8))
 def test_a_few_of_them_on_the_kernels(seed, device):

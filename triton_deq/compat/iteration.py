@@ -61,7 +61,7 @@ class Iteration:
         self._going = np.ones(x0.shape[0] if x0.dim() else 1, dtype=bool)
         self._first: Tensor | None = None
         self._returned: tuple[Tensor, int] | None = None
-        self._copies = self.backend != "reference"  # a graph's output is overwritten by the next replay
+        self._copies = self.backend == "triton"  # a graph's output is overwritten by the next replay
 
     def rows(self, x: Tensor) -> Tensor:
         """`[B, N]`, as a view where that can be."""
@@ -116,11 +116,12 @@ class Iteration:
 class EngineIteration(Iteration):
     """On an engine's state: Anderson's, and Broyden's while it keeps every pair.
 
-    The reference moves as it is told. The kernels judge by themselves, in the same launch.
+    The reference moves as it is told. The kernels, and compiled steps, judge by themselves in the same pass.
     """
 
     def __init__(self, f: Function, x0: Tensor, backend: str, relative: bool, over_batch: bool):
         super().__init__(f, x0, backend)
+        self.backend = backends.choose_step(x0, backend)
         self._judging = {"relative": relative, "over_batch": over_batch}
         self._state: Any = None
 

@@ -63,7 +63,7 @@ def anderson(
         beta: the weight of f(x) against x.
         name: what the caller calls the solve; it changes nothing, as in the original.
         strict: an unknown option is an error; else a warning.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "reference" or "numba"; see `solve`.
 
     Returns:
         A dict: `result`, the x with the lowest residual; `lowest`, that residual, and `nstep`, its step, of

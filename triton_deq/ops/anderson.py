@@ -1,4 +1,4 @@
-"""The Anderson step as an op: the reference or two kernels, on one state.
+"""The Anderson step as an op: the reference, its compiled form for a CPU, or two kernels, on one state.
 
 Not differentiable: a solve runs without gradients, and `triton_deq.gradients` gives its derivative.
 """
@@ -44,8 +44,11 @@ __all__ = [
 def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend: str) -> AndersonState:
     """The state of a solve from `x` `[B, N]`, B and N at least 1, any strides; see `AndersonState`."""
     x = x.clone(memory_format=torch.contiguous_format)
-    if backend == "reference":
-        return reference.anderson_start(x, history, tol, max_steps)
+    if backend != "triton":
+        state = reference.anderson_start(x, history, tol, max_steps)
+        if backend == "numba":
+            state.dots = state.dots.double()
+        return state
     batch, entries = x.shape
     history = min(history, max_steps)
     record = Record(batch, tol, x.device)
@@ -81,6 +84,18 @@ def anderson_step(
 
     Returns what `anderson_advance` does.
     """
+    if backend == "numba":
+        return _compiled().anderson_step(
+            state,
+            fx.contiguous(),
+            step,
+            mixing=mixing,
+            relative=relative,
+            over_batch=over_batch,
+            ridge=ridge,
+            relative_ridge=relative_ridge,
+            last=last,
+        )
     if backend == "reference" or over_batch or state.x.shape[1] > MAX_BLOCK:
         anderson_residual(state, fx, step, mixing, backend)
         return anderson_advance(
@@ -154,7 +169,7 @@ def anderson_restart(state: AndersonState, x: Tensor, tol: float) -> None:
 def anderson_select(state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
     """The state of these samples alone; samples: int64, on the state's device."""
     x = state.x[samples]
-    parts = 1 if backend == "reference" else partition(len(samples), state.x.shape[1]).parts
+    parts = 1 if backend != "triton" else partition(len(samples), state.x.shape[1]).parts
     return replace(
         state,
         x=x,
@@ -177,6 +192,8 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     if backend == "reference":
         return reference.anderson_residual(state, fx, step, mixing)
     fx = fx.contiguous()
+    if backend == "numba":
+        return _compiled().anderson_residual(state, fx, step, mixing)
     slot, filled = step % state.history, min(step + 1, state.history)
 
     def make() -> Again:
@@ -231,8 +248,9 @@ def anderson_advance(
     Returns how many samples go on: a number, or a one-element tensor on the device that nobody has waited
     for yet.
     """
-    if backend == "reference":
-        return reference.anderson_advance(
+    if backend != "triton":
+        on_host = reference if backend == "reference" else _compiled()
+        return on_host.anderson_advance(
             state,
             step,
             relative=relative,
@@ -287,6 +305,13 @@ def _geometry(state: AndersonState) -> tuple[tuple[int, int], Partition, dict[st
         "WIDE": wide_dtype(state.x.dtype),
     }
     return (batch, cut.parts), cut, constants
+
+
+@cache
+def _compiled() -> ModuleType:
+    from .. import compiled
+
+    return compiled
 
 
 @cache

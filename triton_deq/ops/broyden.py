@@ -1,4 +1,4 @@
-"""The Broyden step as an op: the reference or two kernels, on one state.
+"""The Broyden step as an op: the reference, its compiled form for a CPU, or two kernels, on one state.
 
 Not differentiable: a solve runs without gradients, and `triton_deq.gradients` gives its derivative.
 """
@@ -46,7 +46,7 @@ __all__ = [
 def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: str) -> BroydenState:
     """The state of a solve from `x` `[B, N]`, B and N at least 1, any strides; see `BroydenState`."""
     x = x.clone(memory_format=torch.contiguous_format)
-    if backend == "reference":
+    if backend != "triton":
         return reference.broyden_start(x, memory, tol, max_steps)
     batch, entries = x.shape
     slots = slots_for(memory, max_steps)
@@ -91,7 +91,7 @@ def broyden_restart(state: BroydenState, x: Tensor, tol: float) -> None:
 def broyden_select(state: BroydenState, samples: Tensor, backend: str) -> BroydenState:
     """The state of these samples alone; samples: int64, on the state's device."""
     x = state.x[samples]
-    parts = 1 if backend == "reference" else _cut(x).parts
+    parts = 1 if backend != "triton" else _cut(x).parts
     return replace(
         state,
         x=x,
@@ -115,6 +115,8 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
     if backend == "reference":
         return reference.broyden_residual(state, fx, step)
     fx = fx.contiguous()
+    if backend == "numba":
+        return _compiled().broyden_residual(state, fx, step)
     slot, filled = step % state.slots, min(step, state.slots)
 
     def make() -> Again:
@@ -160,8 +162,9 @@ def broyden_advance(
     Returns how many samples go on: a number, or a one-element tensor on the device that nobody has waited
     for yet.
     """
-    if backend == "reference":
-        return reference.broyden_advance(state, step, relative=relative, over_batch=over_batch, last=last)
+    if backend != "triton":
+        on_host = reference if backend == "reference" else _compiled()
+        return on_host.broyden_advance(state, step, relative=relative, over_batch=over_batch, last=last)
     tick = step % len(state.active)
 
     def make() -> Again:
@@ -212,6 +215,13 @@ def _geometry(state: BroydenState) -> tuple[tuple[int, int], Partition, dict[str
 def _cut(x: Tensor) -> Partition:
     batch, entries = x.shape
     return partition(batch, entries, most=BLOCK_BYTES // x.element_size())
+
+
+@cache
+def _compiled() -> ModuleType:
+    from .. import compiled
+
+    return compiled
 
 
 @cache

@@ -51,6 +51,18 @@ class Views(NamedTuple):
     dots_on_host: NDArray[Any] | None
 
 
+class Arrays(NamedTuple):
+    """A state's buffers in NumPy, by the same names; dots: `[B, m+1]`."""
+
+    x: NDArray[Any]
+    best: NDArray[Any]
+    residuals: NDArray[Any]
+    iterates: NDArray[Any]
+    gram: NDArray[np.float64]
+    dots: NDArray[np.float64]
+    record: NDArray[np.float64]
+
+
 @dataclass
 class AndersonState:
     """Everything a solve keeps, for B samples of N entries and m history slots.
@@ -60,7 +72,7 @@ class AndersonState:
     residuals, iterates: `[m, B, N]` rings of `G_i` and of `x_i + β G_i`. Step k uses slot k mod m.
     gram: `[B, m, m]` float64, `G_i · G_j`; a step renews one row and column. On the host in the reference.
     dots: the new Gram row, then ‖f‖² in column m. Kernels: float64 `[B, P, ≥ m+1]`, partial sums over P
-        parts of a sample. Reference: `[B, 1, m+1]` in the accumulation dtype.
+        parts of a sample. Reference: `[B, 1, m+1]` in the accumulation dtype. Compiled: the same in float64.
     before: `[FIELDS, B]`, the record as it was before the present step (kernels only).
     active: `[cycle]` int32, how many samples went on after step k, in k mod cycle (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
@@ -86,6 +98,19 @@ class AndersonState:
     @property
     def history(self) -> int:
         return self.residuals.shape[0]
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """For the compiled step, which gives a state no other buffers."""
+        return Arrays(
+            x=self.x.numpy(),
+            best=self.best.numpy(),
+            residuals=self.residuals.numpy(),
+            iterates=self.iterates.numpy(),
+            gram=self.gram.numpy(),
+            dots=self.dots[:, 0].numpy(),
+            record=self.record.data.numpy(),
+        )
 
     @cached_property
     def views(self) -> Views:

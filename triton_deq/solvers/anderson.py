@@ -1,6 +1,7 @@
 """Anderson and Picard. Picard is Anderson without history, and runs on the same kernels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class Anderson:
     Raises:
         TypeError, ValueError: a field outside its range.
     """
+
+    compiled: ClassVar[bool] = True
 
     history: int = 6
     mixing: float = 1.0
@@ -92,6 +95,8 @@ class Picard:
     Raises:
         TypeError, ValueError: mixing outside its range.
     """
+
+    compiled: ClassVar[bool] = True
 
     mixing: float = 1.0
 

@@ -1,6 +1,7 @@
 """Good Broyden with a bounded memory."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class Broyden:
     Raises:
         TypeError, ValueError: memory below 1 or not an integer.
     """
+
+    compiled: ClassVar[bool] = True
 
     memory: int = 10
 

@@ -81,7 +81,8 @@ def solve(
             steps), so f may be evaluated a cycle too often. f must be capturable: no read of the device by
             the host. The graph lasts for this solve; that of a `DEQ` is used again. On a CPU it warns and
             does nothing.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "reference", or "numba": the reference with the solver's steps compiled for
+            a CPU, in float32 or float64. "auto" takes that for small states where Numba can be imported.
 
     Returns:
         A `Solution` with each sample's best finite iterate and how it ended.
@@ -136,7 +137,8 @@ def solve_and_keep(
         refuse_traced(throw=throw, compact=compact, debug=debug, graph=graph)
         return functional_solve(f, z0, solver, stopping, trace=trace, looks=False)[1], None
     check_compact(compact, f, stopping.norm_over)
-    name, _ = backends.choose(z0, backend)
+    compiled = getattr(solver, "compiled", False)
+    name = backends.choose_step(z0, backend) if compiled else backends.choose(z0, backend)[0]
     if z0.numel() == 0:
         return empty_solution(z0, trace), None
 
@@ -191,11 +193,11 @@ def _solve(
             if len(state.x) == 0:  # the rest stopped while the host was not looking
                 break
 
-    traced = residuals if trace else None
+    traced, path = residuals if trace else None, "compiled steps" if name == "numba" else "steps"
     if whole is None:
-        return finish(layout.unrows(state.best), state.record, nfe, traced, throw), state
+        return finish(layout.unrows(state.best), state.record, nfe, traced, throw, path), state
     whole.take_in(state)
-    return finish(layout.unrows(whole.best), whole.record, nfe, traced, throw), None
+    return finish(layout.unrows(whole.best), whole.record, nfe, traced, throw, path), None
 
 
 def _from_one_launch(value: Tensor, record: Record, traced: Tensor | None, throw: bool) -> Solution:

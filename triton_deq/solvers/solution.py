@@ -20,8 +20,8 @@ class Solution:
         steps: `[B]` int32, evaluations of f until the sample stopped.
         status: `[B]` int8 holding `Status`.
         nfe: evaluations of f in all; each one serves the whole batch.
-        path: how it was solved: "steps", f and the solver in turns; "graph", the same in a CUDA graph; "one
-            launch", by a kernel of f's own.
+        path: how it was solved: "steps", f and the solver in turns; "compiled steps", the same on a CPU, the
+            solver compiled by Numba; "graph", the same in a CUDA graph; "one launch", by a kernel of f's own.
         trace: `[nfe, B]` float64, the residual after each evaluation (a stopped sample keeps its last),
             or None if it was not asked for.
         backward: the `Solution` of the implicit gradient's linear system; None until a backward pass has

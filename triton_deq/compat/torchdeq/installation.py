@@ -41,7 +41,7 @@ def install(
         losses: also put `jac_reg` and `power_method` in place of TorchDEQ's, where its own modules look them
             up. A name that was imported from TorchDEQ before stays what it was.
         strict: what TorchDEQ would ignore is an error; else a warning.
-        backend: of the solvers: "auto", "triton" or "reference".
+        backend: of the solvers: "auto", "triton", "reference" or "numba"; see `triton_deq.solve`.
 
     Raises:
         ImportError: TorchDEQ is not installed, or with `strict` not of a version that was tested.

@@ -53,7 +53,7 @@ def anderson_solver(
         tau: the weight of f(x) against x.
         return_final: take all steps, and return the last value.
         strict: an unknown option is an error; else a warning.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "reference" or "numba"; see `solve`.
 
     Returns:
         `(f(x) at each sample's lowest residual, the states at indexing, torchdeq.solver.stat.SolverStat)`.

@@ -1,0 +1,314 @@
+"""The solvers' steps compiled by Numba: step by step against the reference, and when they serve."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import triton_deq as td
+from triton_deq import backend as backends
+from triton_deq.ops import anderson, broyden
+from triton_deq.reference import anderson as reference_anderson
+from triton_deq.reference import record
+from triton_deq.status import RUNNING, Status
+
+pytest.importorskip("numba")
+from triton_deq import compiled
+
+ANDERSON = {"relative": True, "over_batch": False, "ridge": 1e-6, "relative_ridge": True}
+BROYDEN = {"relative": True, "over_batch": False}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_cannot(monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+
+
+class Problem:
+    """f(z) = tanh(z A + b) of B samples, of which some converge earlier than others."""
+
+    def __init__(self, batch, entries, dtype=torch.float64):
+        torch.manual_seed(batch)
+        weight = torch.randn(entries, entries, dtype=torch.float64)
+        self.weight = 0.9 * weight / torch.linalg.matrix_norm(weight, 2)
+        self.shift = torch.randn(batch, entries, dtype=torch.float64) * torch.logspace(-3, 1, batch)[:, None]
+        self.z0 = torch.randn(batch, entries, dtype=torch.float64).to(dtype)
+
+    def __call__(self, z):
+        return torch.tanh(z @ self.weight.to(z) + self.shift.to(z))
+
+
+# What a step writes, and which dimension is the batch.
+BUFFERS = {
+    "anderson": {"x": 0, "best": 0, "residuals": 1, "iterates": 1, "gram": 0},
+    "broyden": {"x": 0, "best": 0, "moves": 1, "changes": 1, "matrix": 0, "squares": 0},
+}
+
+
+def same_steps(solver, f, steps=14, slots=4, tol=1e-4, mixing=1.0, **rule):
+    """Hold each compiled step, from where the reference stands, to what the reference's does.
+
+    Returns how many samples went on after each.
+    """
+
+    def take(state, backend):
+        options = {**(ANDERSON if solver == "anderson" else BROYDEN), **rule, "last": step + 1 == steps}
+        if solver == "anderson":
+            return anderson.anderson_step(state, value, step, mixing=mixing, backend=backend, **options)
+        broyden.broyden_residual(state, value, step, backend)
+        return broyden.broyden_advance(state, step, backend=backend, **options)
+
+    start = anderson.anderson_start if solver == "anderson" else broyden.broyden_start
+    ours, expected = (start(f.z0, slots, tol, steps, backend) for backend in ("numba", "reference"))
+    seen = []
+    for step in range(steps):
+        for name in BUFFERS[solver]:
+            getattr(ours, name).copy_(getattr(expected, name))
+        ours.record.data.copy_(expected.record.data)
+        running, value = expected.record.status == RUNNING, f(expected.x)
+        seen.append(take(expected, "reference"))
+        assert take(ours, "numba") == seen[-1]
+
+        going = expected.record.status == RUNNING
+        for name, dim in BUFFERS[solver].items():
+            if name == "x" and step + 1 == steps:
+                continue  # nobody evaluates f there
+            read_again = (going if name == "gram" else running).nonzero()[:, 0]
+            out, wanted = (getattr(state, name).index_select(dim, read_again) for state in (ours, expected))
+            if name == "matrix":  # products with the open pair are not read
+                out, wanted = (each.clone() for each in (out, wanted))
+                for each in (out, wanted):
+                    each[:, step % (slots + 1)] = each[:, :, step % (slots + 1)] = 0
+            torch.testing.assert_close(out, wanted, rtol=1e-7, atol=1e-10, equal_nan=True, msg=name)
+        for row in range(record.FIELDS):
+            torch.testing.assert_close(
+                ours.record.data[row], expected.record.data[row], rtol=1e-9, atol=1e-14, equal_nan=True
+            )
+        if seen[-1] == 0:
+            break
+    return seen
+
+
+def test_the_same_numbers_as_the_reference():
+    names = ("STATUS", "COUNT", "RESIDUAL", "BEST", "LIMIT", "TOLERANCE", "STEPS", "DIVERGENCE")
+    assert all(getattr(compiled, name) == getattr(record, name) for name in names)
+    assert compiled.WEIGHT_LIMIT == reference_anderson.WEIGHT_LIMIT
+    assert compiled.LEAST_SQUARE == reference_anderson.LEAST_SQUARE
+    assert compiled.RUNNING == RUNNING
+    for status in (Status.CONVERGED, Status.DIVERGED, Status.NONFINITE):
+        assert getattr(compiled, status.name) == status
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"relative": False},
+        {"over_batch": True},
+        {"over_batch": True, "relative": False},
+        {"relative_ridge": False, "ridge": 1e-3},
+        {"ridge": 0.0},
+        {"mixing": 0.6},
+        {"slots": 1},
+        {"slots": 9},
+        {"tol": 0.0},
+    ],
+    ids=str,
+)
+def test_anderson_takes_the_references_steps(options):
+    going = same_steps("anderson", Problem(5, 19), **options)
+    if options.get("over_batch"):
+        assert set(going) <= {0, 5}
+    elif options.get("tol") != 0:
+        assert len(set(going)) > 1  # samples stopped one after another
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"relative": False}, {"over_batch": True}, {"slots": 1}, {"slots": 13}, {"tol": 0.0}],
+    ids=str,
+)
+def test_broyden_takes_the_references_steps(options):
+    same_steps("broyden", Problem(5, 19), **options)
+
+
+class Awkward(Problem):
+    """Samples, in turn: ordinary, solved, NaN from the third step on, exploding, always of the same value."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__(5, 7, dtype)
+        self.calls = 0
+        self.z0[1] = 0
+
+    def __call__(self, z):
+        value = super().__call__(z)
+        value[1] = z[1]
+        value[2] = value[2] if self.calls < 2 else torch.nan
+        value[3] = 1e3 * z[3] ** 3 + 1
+        value[4] = 0.5
+        self.calls += 1
+        return value
+
+
+@pytest.mark.parametrize("tol", [1e-6, 0.0])
+@pytest.mark.parametrize("ridge", [0.0, 1e-6])
+@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+def test_awkward_samples_end_as_in_the_reference(solver, ridge, tol):
+    f = Awkward()
+    same_steps(solver, f, 9, tol=tol, **({"ridge": ridge} if solver == "anderson" else {}))
+
+
+@pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden(), td.Picard(mixing=0.7)], ids=str)
+def test_float32_is_as_near_to_float64_as_the_reference(solver):
+    f = Problem(4, 40, torch.float32)
+    exact = td.solve(f, f.z0.double(), solver, tol=1e-12, max_steps=200)
+    options = {"tol": 1e-5, "max_steps": 60}
+    ours, expected = (td.solve(f, f.z0, solver, backend=name, **options) for name in ("numba", "reference"))
+    assert ours.value.dtype == torch.float32
+    assert torch.equal(ours.status, expected.status)
+    assert (ours.steps - expected.steps).abs().max() <= 1
+    error, allowed = ((each.value - exact.value).norm(dim=1) for each in (ours, expected))
+    assert (error <= 2 * allowed + 1e-4).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_beyond_float32(scale):
+    f = Problem(3, 11, torch.float32)
+    solution = td.solve(lambda z: scale * f(z / scale), scale * f.z0, tol=1e-5, backend="numba")
+    assert solution.converged.all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5])
+def test_small_systems(size):
+    matrix, right = np.random.default_rng(0).normal(size=(2, size + 1, size + 1))
+    matrix[0, 0] = 0 if size > 1 else 3  # needs a pivot
+    wanted = np.linalg.solve(matrix[:size, :size], right[0, :size])
+    answer = right[0].copy()
+    compiled._solve(matrix.copy(), answer, size)
+    np.testing.assert_allclose(answer[:size], wanted, rtol=1e-9)
+    assert answer[size] == right[0, size]
+
+
+def test_a_singular_system_is_not_finite():
+    answer = np.ones(3)
+    compiled._solve(np.ones((3, 3)), answer, 3)
+    assert not np.isfinite(answer).all()
+
+
+def test_same_bits_every_time():
+    f = Problem(3, 50, torch.float32)
+
+    def plain(z):
+        return 0.3 * z * z.abs().clamp(max=1) + f.shift.float()
+
+    first, second = (td.solve(plain, f.z0, tol=0, max_steps=12, backend="numba").value for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_value_that_is_a_parameter_or_strided():
+    value = torch.nn.Parameter(torch.randn(3, 4))
+    assert torch.equal(td.solve(lambda z: value, torch.zeros(3, 4), backend="numba").value, value)
+    across = torch.randn(4, 3)
+    assert torch.equal(td.solve(lambda z: across.T, torch.zeros(3, 4), backend="numba").value, across.T)
+
+
+def test_compaction_goes_on_with_compiled_steps():
+    f = Problem(6, 9)
+    f.select = lambda samples: lambda z: torch.tanh(z @ f.weight + f.shift[samples])
+    whole = td.solve(f, f.z0, tol=1e-8, max_steps=60, backend="numba")
+    compacted = td.solve(f, f.z0, tol=1e-8, max_steps=60, compact=0.7, backend="numba")
+    assert compacted.path == "compiled steps"
+    assert torch.equal(compacted.status, whole.status)
+    torch.testing.assert_close(compacted.value, whole.value, rtol=1e-6, atol=1e-8)
+
+
+def test_training_takes_them_in_both_directions():
+    f = Problem(4, 9)
+    gradients = []
+    for backend in ("auto", "reference"):
+        shift = f.shift.clone().requires_grad_()
+        value, solution = td.fixed_point(
+            lambda z, shift=shift: torch.tanh(z @ f.weight + shift),
+            f.z0,
+            tol=1e-10,
+            max_steps=80,
+            backend=backend,
+            return_solution=True,
+        )
+        value.square().sum().backward()
+        paths = solution.path, solution.backward.path
+        assert paths == (("compiled steps",) * 2 if backend == "auto" else ("steps",) * 2)
+        gradients.append(shift.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+
+
+# When they serve
+
+
+def path(z0, **options):
+    return td.solve(lambda z: 0.5 * z, z0, max_steps=2, **options).path
+
+
+def test_auto_takes_them_for_small_states_in_their_dtypes(monkeypatch):
+    small, large = torch.zeros(2, 8), torch.zeros(1, 1).expand(2, backends.SMALL)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert path(small) == path(small.double()) == "compiled steps"
+    assert path(small.bfloat16()) == path(small.half()) == path(large) == "steps"
+    assert path(small, backend="reference") == "steps"
+    assert path(large, backend="numba") == "compiled steps"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert path(large) == "compiled steps"
+
+
+def test_within_a_solve_that_asked_for_the_reference():
+    paths = []
+
+    def f(z):
+        paths.append(path(z))
+        return 0.5 * z
+
+    td.solve(f, torch.zeros(2, 3), max_steps=2, backend="reference")
+    td.solve(f, torch.zeros(2, 3), max_steps=2, backend="numba")
+    assert paths == ["steps"] * 2 + ["compiled steps"] * 2 or paths == ["steps", "compiled steps"]
+
+
+def test_what_they_cannot_do_is_said():
+    with pytest.raises(
+        ValueError, match=r"backend='numba' cannot serve here: the state has dtype torch.bfloat16"
+    ):
+        path(torch.zeros(2, 3, dtype=torch.bfloat16), backend="numba")
+
+    class Watched(torch.Tensor):
+        pass
+
+    watched = torch.zeros(2, 3).as_subclass(Watched)
+    assert path(watched) == "steps"
+    with pytest.raises(ValueError, match="the state is a Watched, which NumPy cannot see"):
+        path(watched, backend="numba")
+    with pytest.raises(ValueError, match="backend='number' is unknown: choose one of .*'numba'"):
+        path(torch.zeros(2, 3), backend="number")
+
+
+def test_without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    backends._numba_missing.cache_clear()
+    try:
+        assert path(torch.zeros(2, 3)) == "steps"
+        with pytest.raises(ValueError, match=r"cannot serve here: .*numba.*pip install triton-deq\[cpu\]"):
+            path(torch.zeros(2, 3), backend="numba")
+    finally:
+        monkeypatch.undo()
+        backends._numba_missing.cache_clear()
+
+
+def test_without_a_folder_to_keep_compiled_functions_in(monkeypatch):
+    njit = compiled.numba.njit
+
+    def refusing(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(compiled.numba, "njit", refusing)
+    assert compiled.compiled(lambda a: a + 1)(1) == 2

@@ -204,6 +204,20 @@ def test_channels_last_stays_channels_last(backend, device):
     torch.testing.assert_close(solution.value, contiguous.value, rtol=1e-4, atol=1e-5)
 
 
+def test_f_may_ask_for_gradients_of_its_argument(backend, device):
+    """Of an energy, say; each evaluation's are its own."""
+
+    def f(z):
+        with torch.enable_grad():
+            z.requires_grad_()
+            (0.5 * z.square() - z).sum().backward()
+        return z.detach() - 0.25 * z.grad
+
+    solution = td.solve(f, torch.zeros(3, 5, device=device), tol=1e-6, max_steps=60, backend=backend)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.ones(3, 5, device=device), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_both_backends_take_the_same_steps(solver, device):

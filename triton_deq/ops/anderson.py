@@ -148,7 +148,7 @@ def anderson_step(
 
 def anderson_landing(state: AndersonState, step: int) -> Tensor | None:
     """Where f may leave its value in this step, `[B, N]`; None where the ring has another dtype."""
-    return state.iterates[step % state.history] if state.iterates.dtype == state.x.dtype else None
+    return state.landings[step % state.history] if state.iterates.dtype == state.x.dtype else None
 
 
 def _landed(state: AndersonState, fx: Tensor, step: int) -> bool:

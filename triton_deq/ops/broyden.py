@@ -69,7 +69,7 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: s
 
 def broyden_landing(state: BroydenState, step: int) -> Tensor | None:
     """Where f may leave its value in this step, `[B, N]`; None where the ring has another dtype."""
-    return state.changes[step % state.slots] if state.changes.dtype == state.x.dtype else None
+    return state.landings[step % state.slots] if state.changes.dtype == state.x.dtype else None
 
 
 def _landed(state: BroydenState, fx: Tensor, step: int) -> bool:

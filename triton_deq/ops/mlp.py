@@ -116,9 +116,7 @@ def mlp_vjp(
     alike = served(vector, ACTIVATIONS["relu"], backend, slope, weight, shift)
     fit = vector.shape[vector.dim() - slope.dim() :] == slope.shape and slope.shape[-1] == len(weight)
     if recorded or not alike or not fit:
-        product = reference.mlp_vjp(vector, slope, weight)
-        product = product if shift is None else product + shift
-        return product if out is None else out.copy_(product)
+        return reference.mlp_vjp(vector, slope, weight, shift, out)
     if out is not None and not out.is_contiguous():  # the kernel writes rows one after another
         return out.copy_(mlp_vjp_fwd(vector, slope, weight, shift, None))
     return mlp_vjp_fwd(vector, slope, weight, shift, out)

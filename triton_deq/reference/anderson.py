@@ -33,7 +33,7 @@ LEAST_SQUARE = 1e-200
 class Views(NamedTuple):
     """Views of a state's buffers: making one costs as much as an operator on a small state.
 
-    residuals, iterates: `[B, N]`, each slot. residuals_of: `[B, N, m]`, each sample's ring; iterates_of:
+    residuals: `[B, N]`, each slot. residuals_of: `[B, N, m]`, each sample's ring; iterates_of:
     `[B, m, N]`. dots: `[B, m+1]`. products, value_sq: `[B, 1, m]` and `[B]`, its parts. gram: in NumPy.
     weights: `[B, 1, m]` on the host, to mix with, and the same in NumPy.
     dots_on_host: `dots` in NumPy, where they are on the host.
@@ -41,7 +41,6 @@ class Views(NamedTuple):
 
     residuals: tuple[Tensor, ...]
     residuals_of: Tensor
-    iterates: tuple[Tensor, ...]
     iterates_of: Tensor
     dots: Tensor
     products: Tensor
@@ -100,6 +99,11 @@ class AndersonState:
         return self.residuals.shape[0]
 
     @cached_property
+    def landings(self) -> tuple[Tensor, ...]:
+        """`[B, N]`, each slot of the iterates: where f may leave its value."""
+        return self.iterates.unbind()
+
+    @cached_property
     def arrays(self) -> Arrays:
         """For the compiled step, which gives a state no other buffers."""
         return Arrays(
@@ -119,7 +123,6 @@ class AndersonState:
         return Views(
             residuals=self.residuals.unbind(),
             residuals_of=self.residuals.permute(1, 2, 0),
-            iterates=self.iterates.unbind(),
             iterates_of=self.iterates.transpose(0, 1),
             dots=self.dots[:, 0],
             products=self.dots[:, :, : self.history],
@@ -162,7 +165,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     """
     wide, history, views = state.residuals.dtype, state.history, state.views
     slot, filled = step % history, min(step + 1, history)
-    residual, iterate = views.residuals[slot], views.iterates[slot]
+    residual, iterate = views.residuals[slot], state.landings[slot]
     x, fx = (tensor if tensor.dtype == wide else tensor.to(wide) for tensor in (state.x, fx))
 
     torch.sub(fx, x, out=residual)
@@ -234,7 +237,7 @@ def anderson_mix(
     gram[:, :, slot] = row
     if history == 1:
         np.copyto(used, 1, where=moving)
-        return assign(state.x, views.iterates[0].to(state.x.dtype), moving)
+        return assign(state.x, state.landings[0].to(state.x.dtype), moving)
 
     count: Any = filled if state.whole else np.minimum(used + 1, history)
     valid = None if state.whole else _valid_slots(count, slot, filled)

@@ -78,6 +78,11 @@ class BroydenState:
         return self.moves.shape[0]
 
     @cached_property
+    def landings(self) -> tuple[Tensor, ...]:
+        """`[B, N]`, each slot of the changes: where f may leave its value."""
+        return self.changes.unbind()
+
+    @cached_property
     def arrays(self) -> Arrays:
         """For the compiled step, which gives a state no other buffers."""
         return Arrays(

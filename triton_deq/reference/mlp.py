@@ -3,6 +3,7 @@
 With `a = z Wᵀ + u` the Jacobian in z is `diag(act′(a)) W`. All is differentiable by ordinary operators.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,13 +22,26 @@ def mlp_and_slope(z: Tensor, weight: Tensor, u: Tensor, activation: Activation) 
     return activation(inner), activation.derivative(inner)
 
 
-def mlp_vjp(vector: Tensor, slope: Tensor, weight: Tensor) -> Tensor:
-    """`(v ⊙ act′(a)) W` `[..., K]`, for v `[..., N]`.
+def mlp_vjp(
+    vector: Tensor, slope: Tensor, weight: Tensor, shift: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`(v ⊙ act′(a)) W`, and plus `shift`, `[..., K]`, for v `[..., N]`.
 
     In v's dtype: a forward under autocast has a backward that is not.
+    out: where it is left; only without gradients.
     """
     scaled = vector * slope
-    return scaled @ weight.to(scaled.dtype)
+    weight = weight.to(scaled.dtype)
+    if (
+        shift is not None
+        and out is not None
+        and scaled.dim() == 2
+        and shift.dtype == out.dtype == scaled.dtype
+    ):
+        return torch.addmm(shift, scaled, weight, out=out)
+    product = scaled @ weight
+    product = product if shift is None else product + shift
+    return product if out is None else out.copy_(product)
 
 
 def mlp_jacobian_norms(

@@ -21,6 +21,7 @@ class Layout:
         self._order = [0, *inner]
         self._shape = [z.shape[dim] for dim in self._order]
         self._back = sorted(range(z.dim()), key=self._order.__getitem__)
+        self._views: dict[Tensor, Tensor] = {}
 
     def rows(self, z: Tensor) -> Tensor:
         """`[B, N]`; a view where z has this layout already, or z itself."""
@@ -33,6 +34,16 @@ class Layout:
         if len(self._shape) == 2:
             return rows.view(rows.shape)
         return rows.view(-1, *self._shape[1:]).permute(self._back)
+
+    def lasting(self, rows: Tensor) -> Tensor:
+        """`unrows` of a buffer that every step looks at: making a view costs as much as an operator.
+
+        A view of which f has asked a gradient holds that, and is not used again.
+        """
+        view = self._views.get(rows)
+        if view is None or view.requires_grad:
+            view = self._views[rows] = self.unrows(rows)
+        return view
 
 
 def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:

@@ -190,6 +190,7 @@ def _solve(
             break
         if whole is not None and running is not None and whole.worth_it(running):
             f, state = whole.shrink(solver, state, name)
+            layout = Layout(z0)
             if len(state.x) == 0:  # the rest stopped while the host was not looking
                 break
 
@@ -245,11 +246,11 @@ def _solve_in_graphs(
 
 def _value(f: Any, layout: Layout, solver: Any, state: Any, step: int, debug: bool) -> Tensor:
     """f at the state's iterate, as rows: put into the solver's ring by f itself if it can do that."""
-    z = layout.unrows(state.x)
+    z = layout.lasting(state.x)
     landing = solver.landing(state, step) if hasattr(f, "write") else None
     if landing is None:
         return layout.rows(evaluate(f, z, debug))
-    out = layout.unrows(landing)
+    out = layout.lasting(landing)
 
     def written(z: Tensor) -> Tensor:
         f.write(z, out)

@@ -14,7 +14,7 @@ import torch
 
 from . import ROOT
 
-PACKAGES = ("torch", "triton", "torchdeq", "jaxopt", "jax")
+PACKAGES = ("torch", "triton", "numba", "torchdeq", "jaxopt", "jax")
 
 
 @dataclass(frozen=True)

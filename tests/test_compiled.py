@@ -251,7 +251,9 @@ def path(z0, **options):
 
 
 def test_auto_takes_them_for_small_states_in_their_dtypes(monkeypatch):
-    small, large = torch.zeros(2, 8), torch.zeros(1, 1).expand(2, backends.SMALL)
+    small, large, huge = (
+        torch.zeros(1, size) for size in (8, backends.SMALL + 1, backends.SMALL_FOR_ONE + 1)
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert path(small) == path(small.double()) == "compiled steps"
     assert path(small.bfloat16()) == path(small.half()) == path(large) == "steps"
@@ -259,6 +261,7 @@ def test_auto_takes_them_for_small_states_in_their_dtypes(monkeypatch):
     assert path(large, backend="numba") == "compiled steps"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert path(large) == "compiled steps"
+    assert path(huge) == "steps"
 
 
 def test_within_a_solve_that_asked_for_the_reference():

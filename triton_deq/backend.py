@@ -20,8 +20,8 @@ BACKENDS = ("auto", "triton", "reference", "numba")
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Asked for at every op, where torch.compile could not trace the search."""
 
-SMALL = 1 << 18
-"""Up to how many entries of a state one thread of compiled code beats PyTorch's operators on several."""
+SMALL, SMALL_FOR_ONE = 1 << 18, 1 << 20
+"""Up to how many entries of a state compiled code on one thread beats PyTorch on several, and on one."""
 
 _ambient: ContextVar[str] = ContextVar("ambient", default="auto")
 
@@ -79,8 +79,8 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
 def choose_step(z0: Tensor, requested: str = "auto") -> str:
     """What takes a solver's steps from z0: "triton" or "reference" as `choose` says, or "numba".
 
-    "auto" takes Numba for the reference where that can serve: on a CPU, in float32 or float64. With several
-    threads it has to be a state of at most `SMALL` entries: beyond, PyTorch's threads are faster than one.
+    "auto" takes Numba for the reference where that can serve, on a CPU in float32 or float64, and pays: for
+    states of at most `SMALL` entries, or `SMALL_FOR_ONE` if PyTorch has one thread as well.
 
     Raises:
         ValueError: as `choose`, or "numba" where it cannot serve.
@@ -93,7 +93,7 @@ def choose_step(z0: Tensor, requested: str = "auto") -> str:
                 f"backend='numba' cannot serve here: {obstacle}. Use backend='auto' or 'reference'"
             )
         return "numba"
-    small = z0.numel() <= SMALL or torch.get_num_threads() == 1
+    small = z0.numel() <= (SMALL if torch.get_num_threads() > 1 else SMALL_FOR_ONE)
     serves = name == "reference" and _resolved(requested) != "reference" and small and not _numba_obstacle(z0)
     return "numba" if serves else name
 

@@ -173,8 +173,8 @@ def test_ten_thousand_random_problems():
 
 def test_thousands_of_them_on_compiled_steps():
     pytest.importorskip("numba")
-    seeds = [seed for seed in range(SEEDS) if Problem(seed).dtype in (torch.float32, torch.float64)]
-    assert sum(check(seed, "numba") for seed in seeds) >= PROBLEMS_AT_LEAST // 3
+    seeds = [seed for seed in range(0, SEEDS, 2) if Problem(seed).dtype in (torch.float32, torch.float64)]
+    assert sum(check(seed, "numba") for seed in seeds) >= PROBLEMS_AT_LEAST // 6
 
 
 @pytest.mark.kernels

@@ -251,3 +251,10 @@ def test_a_normalised_weight_is_made_once_an_evaluation(monkeypatch):
     made.clear()
     cell(z, u)
     assert len(made) == 1
+    with torch.no_grad():
+        cell.write(z, u, torch.empty_like(z))
+    assert len(made) == 2
+    monkeypatch.setattr("triton_deq.backend.interpreting", lambda: False)  # where no kernel serves, too
+    with torch.no_grad():
+        cell.write(z, u, torch.empty_like(z))
+    assert len(made) == 3

@@ -11,7 +11,7 @@ from triton_deq.ops.launch import launch_anew
 from triton_deq.reference import anderson as reference
 from triton_deq.reference.anderson import _host_weights, anderson_weights
 from triton_deq.reference.record import TOLERANCE, Record
-from triton_deq.reference.rows import regular
+from triton_deq.reference.rows import LARGE, fresh, regular
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_anderson
 
@@ -247,3 +247,33 @@ def test_a_record_is_put_back_to_before_its_first_step(device):
         record.reset(tol)
         first[TOLERANCE] = tol
         assert torch.equal(record.data, first)
+
+
+def test_a_large_buffer_serves_again_when_nobody_looks_at_it(monkeypatch):
+    def place(entries):
+        return fresh((2, entries), torch.float32, torch.device("cpu"))
+
+    entries = LARGE // 4  # twice what is large
+    first = place(entries)
+    assert first.data_ptr() % 64 == 0
+    second, part = place(entries), first[1, 5:]
+    assert second.data_ptr() != first.data_ptr()
+    at, part[:] = first.data_ptr(), 3
+    del first  # a part of it is still looked at
+    third = place(entries)
+    third.zero_()
+    assert third.data_ptr() not in (at, second.data_ptr())
+    assert (part == 3).all()
+    del part
+    assert place(entries // 2).data_ptr() == at
+    assert place(entries + 16).data_ptr() != at  # too small, so it is not kept any longer
+    del second, third
+    fourth = place(entries)
+    at = fourth.data_ptr()
+    del fourth
+    assert place(entries).data_ptr() == at
+
+    monkeypatch.setattr("triton_deq.reference.rows.KEPT", LARGE)
+    monkeypatch.setattr("triton_deq.reference.rows._given_up", kept := [])
+    place(entries)
+    assert not kept

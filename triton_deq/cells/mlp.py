@@ -104,17 +104,18 @@ class MLPCell(nn.Module):
 
     def write(self, z: Tensor, u: Tensor, out: Tensor) -> None:
         """The next state into `out`, contiguous; without gradients."""
-        _check_width("z", z, "width", self.width)
-        _check_width("u", u, "width" if self.output is None else "hidden", self.injection.out_features)
-        weight, norm = self.state.weight, self._norm
-        fits = (
-            u.shape[:-1] == z.shape[:-1]
-            and self.output is None
+        # The weight is asked for last: it may be made anew each time, and `forward` asks for it as well.
+        if (
+            self.output is None
+            and (self.norm is None or self.width <= MOST_NORM)
+            and z.shape == u.shape == out.shape
+            and z.shape[-1] == self.width
             and out.is_contiguous()
-            and (norm is None or len(weight) <= MOST_NORM)
-        )
-        if fits and served(z, self.activation, "auto", weight, u) and self._as_built:
-            mlp_fwd(z, weight, u, self.activation, norm, out=out)
+            and served(z, self.activation, "auto", u)
+            and self._as_built
+            and served(z, self.activation, "auto", weight := self.state.weight)
+        ):
+            mlp_fwd(z, weight, u, self.activation, self._norm, out=out)
         else:
             out.copy_(self.forward(z, u))
 

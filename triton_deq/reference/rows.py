@@ -1,6 +1,7 @@
 """What the references do with the rows of some samples only, and with sums near over- or underflow."""
 
 import math
+import weakref
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,11 @@ LARGE = 1 << 22
 """Bytes from which NumPy asks for huge pages."""
 
 CACHE_LINE = 64
+
+KEPT = 1 << 30
+"""Bytes up to which a buffer is kept for the next solve: new pages may cost more than what is done there."""
+
+_given_up: list[NDArray[np.uint8]] = []
 
 
 class HasBest(Protocol):
@@ -104,11 +110,25 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Memory for a buffer, with whatever is in it.
 
     A large one on the host is NumPy's, which asks for huge pages: the faults of small ones cost more than the
-    first pass over the ring of a solver. It begins where a cache line does, as PyTorch's own memory.
+    first pass over the ring of a solver. It begins where a cache line does, as PyTorch's own memory. The last
+    one that was given up, of at most KEPT bytes, is kept for the next if that needs at least half of it.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = np.empty(size + CACHE_LINE, np.uint8)
+    try:
+        memory = _given_up.pop()
+    except IndexError:
+        memory = None
+    needed = size + CACHE_LINE
+    if memory is None or not needed <= memory.size <= 2 * needed:
+        memory = np.empty(needed, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    lent = memory[start : start + size]
+    weakref.finalize(lent, _give_up, memory).atexit = False  # PyTorch holds it as long as a tensor does
+    return torch.from_numpy(lent).view(dtype).view(shape)
+
+
+def _give_up(memory: NDArray[np.uint8]) -> None:
+    if memory.size <= KEPT:
+        _given_up[:] = [memory]

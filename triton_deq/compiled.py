@@ -13,7 +13,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .reference.anderson import AndersonState
@@ -59,7 +58,7 @@ def anderson_step(
     """`anderson_residual`, then `anderson_advance`, in one call: a small state waits mostly for calls."""
     arrays = state.arrays
     return _anderson_step(
-        _array(fx),
+        fx.numpy(),
         arrays.x,
         arrays.best,
         arrays.residuals,
@@ -81,7 +80,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     """As the reference's; fx: contiguous."""
     arrays = state.arrays
     _anderson_residual(
-        _array(fx),
+        fx.numpy(),
         arrays.x,
         arrays.residuals,
         arrays.iterates,
@@ -230,7 +229,7 @@ def _mixing_weights(gram, slots, ridge, relative_ridge, matrix, scale, weights):
 def broyden_residual(state: BroydenState, fx: Tensor, step: int) -> None:
     """As the reference's; fx: contiguous."""
     arrays = state.arrays
-    _broyden_residual(_array(fx), arrays.x, arrays.moves, arrays.changes, arrays.dots, arrays.record, step)
+    _broyden_residual(fx.numpy(), arrays.x, arrays.moves, arrays.changes, arrays.dots, arrays.record, step)
 
 
 def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batch: bool, last: bool) -> int:
@@ -336,10 +335,6 @@ def _pair_weights(gram, squares, right, used, matrix, weights):
 
 
 # Both
-
-
-def _array(fx: Tensor) -> NDArray[Any]:
-    return (fx.detach() if fx.requires_grad else fx).numpy()
 
 
 @compiled

@@ -328,6 +328,15 @@ def test_what_they_cannot_do_is_said():
     assert path(watched) == "steps"
     with pytest.raises(ValueError, match="the state is a Watched, which NumPy cannot see"):
         path(watched, backend="numba")
+
+    class Other:
+        def __init__(self):
+            self.start, self.step = td.Anderson().start, td.Anderson().step
+
+    with pytest.raises(
+        ValueError, match="backend='numba' cannot serve here: .*Other.* has no compiled steps"
+    ):
+        td.solve(torch.tanh, torch.zeros(2, 3), Other(), backend="numba")
     with pytest.raises(ValueError, match="backend='number' is unknown: choose one of .*'numba'"):
         path(torch.zeros(2, 3), backend="number")
 

@@ -258,3 +258,12 @@ def test_a_normalised_weight_is_made_once_an_evaluation(monkeypatch):
     with torch.no_grad():
         cell.write(z, u, torch.empty_like(z))
     assert len(made) == 3
+
+
+def test_one_injection_for_all_samples_is_written_too(device):
+    cell = td.MLPCell(4, 3).to(device)
+    z, u = torch.randn(5, 4, device=device), torch.randn(1, 4, device=device)
+    out = torch.empty_like(z)
+    with torch.no_grad():
+        cell.write(z, u, out)
+    torch.testing.assert_close(out, cell(z, u).detach(), rtol=1e-5, atol=1e-6)

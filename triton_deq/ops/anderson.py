@@ -84,30 +84,18 @@ def anderson_step(
 
     Returns what `anderson_advance` does.
     """
+    rule: dict[str, Any] = {
+        "relative": relative,
+        "over_batch": over_batch,
+        "ridge": ridge,
+        "relative_ridge": relative_ridge,
+        "last": last,
+    }
     if backend == "numba":
-        return _compiled().anderson_step(
-            state,
-            fx.contiguous(),
-            step,
-            mixing=mixing,
-            relative=relative,
-            over_batch=over_batch,
-            ridge=ridge,
-            relative_ridge=relative_ridge,
-            last=last,
-        )
+        return _compiled().anderson_step(state, fx.contiguous(), step, mixing=mixing, **rule)
     if backend == "reference" or over_batch or state.x.shape[1] > MAX_BLOCK:
         anderson_residual(state, fx, step, mixing, backend)
-        return anderson_advance(
-            state,
-            step,
-            relative=relative,
-            over_batch=over_batch,
-            ridge=ridge,
-            relative_ridge=relative_ridge,
-            last=last,
-            backend=backend,
-        )
+        return anderson_advance(state, step, **rule, backend=backend)
     fx = fx.contiguous()
     tick, filled = step % len(state.active), min(step + 1, state.history)
 

@@ -137,8 +137,7 @@ def solve_and_keep(
         refuse_traced(throw=throw, compact=compact, debug=debug, graph=graph)
         return functional_solve(f, z0, solver, stopping, trace=trace, looks=False)[1], None
     check_compact(compact, f, stopping.norm_over)
-    compiled = getattr(solver, "compiled", False)
-    name = backends.choose_step(z0, backend) if compiled else backends.choose(z0, backend)[0]
+    name = _takes_steps(z0, solver, backend)
     if z0.numel() == 0:
         return empty_solution(z0, trace), None
 
@@ -199,6 +198,18 @@ def _solve(
         return finish(layout.unrows(state.best), state.record, nfe, traced, throw, path), state
     whole.take_in(state)
     return finish(layout.unrows(whole.best), whole.record, nfe, traced, throw, path), None
+
+
+def _takes_steps(z0: Tensor, solver: Any, backend: str) -> str:
+    """The backend of this solver's steps."""
+    if getattr(solver, "compiled", False):
+        return backends.choose_step(z0, backend)
+    if backend == "numba":
+        raise ValueError(
+            f"backend='numba' cannot serve here: {solver!r} has no compiled steps. Use backend='auto', or "
+            "one of td.Anderson, td.Broyden and td.Picard"
+        )
+    return backends.choose(z0, backend)[0]
 
 
 def _from_one_launch(value: Tensor, record: Record, traced: Tensor | None, throw: bool) -> Solution:

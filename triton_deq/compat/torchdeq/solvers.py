@@ -173,7 +173,7 @@ def fixed_point_iter(
         return watch.nothing(max_iter)
     damped = func if tau == 1 else lambda x: torch.lerp(x, func(x).to(x.dtype), tau)
     iteration: Iteration
-    if choose(x0, backend)[0] == "reference":
+    if backend != "numba" and choose(x0, backend)[0] == "reference":  # whose plain iteration copies nothing
         iteration = PicardIteration(damped, x0, backend)
     else:
         iteration = AndersonIteration(

@@ -1,5 +1,7 @@
 """The solvers' steps compiled by Numba: step by step against the reference, and when they serve."""
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -25,6 +27,16 @@ def _kernels_cannot(monkeypatch):
     monkeypatch.setattr(backends, "interpreting", lambda: False)
 
 
+@pytest.fixture(params=[1, 3], ids="threads={}".format)
+def threads(request, monkeypatch):
+    """Samples are dealt out to so many, however small they are."""
+    monkeypatch.setattr(compiled, "GRAIN", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 class Problem:
     """f(z) = tanh(z A + b) of B samples, of which some converge earlier than others."""
 
@@ -37,6 +49,19 @@ class Problem:
 
     def __call__(self, z):
         return torch.tanh(z @ self.weight.to(z) + self.shift.to(z))
+
+
+class Wide(Problem):
+    """One with samples of several blocks, and a remainder."""
+
+    def __init__(self, batch, dtype=torch.float64):
+        super().__init__(batch, 1)
+        shape = batch, 2 * compiled.BLOCK + 3
+        self.weight = torch.rand(shape[1], dtype=torch.float64) * 1.8 - 0.9
+        self.shift, self.z0 = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
+
+    def __call__(self, z):
+        return torch.sin(z * self.weight.to(z) + self.shift)
 
 
 # What a step writes, and which dimension is the batch.
@@ -116,7 +141,7 @@ def test_the_same_numbers_as_the_reference():
     ],
     ids=str,
 )
-def test_anderson_takes_the_references_steps(options):
+def test_anderson_takes_the_references_steps(options, threads):
     going = same_steps("anderson", Problem(5, 19), **options)
     if options.get("over_batch"):
         assert set(going) <= {0, 5}
@@ -129,8 +154,17 @@ def test_anderson_takes_the_references_steps(options):
     [{}, {"relative": False}, {"over_batch": True}, {"slots": 1}, {"slots": 13}, {"tol": 0.0}],
     ids=str,
 )
-def test_broyden_takes_the_references_steps(options):
+def test_broyden_takes_the_references_steps(options, threads):
     same_steps("broyden", Problem(5, 19), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"over_batch": True}, {"mixing": 0.6}, {"solver": "broyden"}],
+    ids=str,
+)
+def test_samples_of_several_blocks(options, threads):
+    same_steps(**{"solver": "anderson", "f": Wide(3), "steps": 9, "tol": 1e-3, **options})
 
 
 class Awkward(Problem):
@@ -165,7 +199,7 @@ class Awkward(Problem):
     ids=str,
 )
 @pytest.mark.parametrize("solver", ["anderson", "broyden"])
-def test_awkward_samples_end_as_in_the_reference(solver, rule, tol):
+def test_awkward_samples_end_as_in_the_reference(solver, rule, tol, threads):
     if solver == "broyden" and "relative_ridge" in rule:
         pytest.skip("Broyden has no ridge")
     # What explodes ends a whole batch before one of its samples is not finite.
@@ -235,14 +269,51 @@ def test_a_singular_system_is_not_finite():
     assert not np.isfinite(answer).all()
 
 
-def test_same_bits_every_time():
-    f = Problem(3, 50, torch.float32)
+@pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden()], ids=str)
+def test_same_bits_every_time_by_any_number_of_threads(solver, monkeypatch):
+    monkeypatch.setattr(compiled, "GRAIN", 1)
+    f, before = Wide(5, torch.float32), torch.get_num_threads()
 
     def plain(z):
-        return 0.3 * z * z.abs().clamp(max=1) + f.shift.float()
+        return 0.3 * z * z.abs().clamp(max=1) + f.shift
 
-    first, second = (td.solve(plain, f.z0, tol=0, max_steps=12, backend="numba").value for _ in range(2))
-    assert torch.equal(first, second)
+    values = []
+    for threads in (1, 1, 2, 4, 7):
+        torch.set_num_threads(threads)
+        values.append(td.solve(plain, f.z0, solver, tol=0, max_steps=12, backend="numba").value)
+    torch.set_num_threads(before)
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+WITH_FEWER_THREADS = """
+import os, sys
+import torch
+import triton_deq as td
+from triton_deq import compiled
+
+def solve(backend):
+    return td.solve(f, z0, backend=backend, tol=1e-5, max_steps=9)
+
+z0 = torch.zeros(16, 1024)
+f = lambda z: 0.5 * z + torch.arange(16.0)[:, None]
+torch.set_num_threads(3)
+assert compiled.threads_for(16) == 3
+ours, expected = solve("numba"), solve("reference")
+assert ours.converged.all() and torch.equal(ours.steps, expected.steps), ours
+torch.testing.assert_close(ours.value, expected.value, rtol=1e-4, atol=1e-4)
+child = os.fork()
+if child == 0:  # where also PyTorch would wait for ever, in an operator that takes several threads
+    again = solve("numba") if compiled.threads_for(16) == 1 else None
+    os._exit(7 if again is not None and torch.equal(again.value, ours.value) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or compiled._OPENMP is None, reason="there are no such threads")
+def test_where_openmp_has_fewer_threads_and_after_fork():
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", WITH_FEWER_THREADS], env=environment, timeout=120)
+    assert run.returncode == 7
 
 
 def test_a_value_that_is_a_parameter_or_strided():
@@ -289,18 +360,24 @@ def path(z0, **options):
     return td.solve(lambda z: 0.5 * z, z0, max_steps=2, **options).path
 
 
-def test_auto_takes_them_for_small_states_in_their_dtypes(monkeypatch):
-    small, large, huge = (
-        torch.zeros(1, size) for size in (8, backends.SMALL + 1, backends.SMALL_FOR_ONE + 1)
-    )
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+def test_auto_takes_them_in_their_dtypes():
+    small = torch.zeros(1, 8)
     assert path(small) == path(small.double()) == "compiled steps"
-    assert path(small.bfloat16()) == path(small.half()) == path(large) == "steps"
+    assert path(small.bfloat16()) == path(small.half()) == "steps"
     assert path(small, backend="reference") == "steps"
-    assert path(large, backend="numba") == "compiled steps"
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def test_auto_takes_them_for_large_states_if_every_thread_has_a_sample(monkeypatch):
+    large = torch.zeros(2, backends.SMALL)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert path(large) == "compiled steps"
-    assert path(huge) == "steps"
+    assert path(large[:1]) == "compiled steps"  # is not large
+    assert path(large.view(1, -1)) == "steps"
+    assert path(large.view(1, -1), backend="numba") == "compiled steps"
+    monkeypatch.setattr(compiled, "_OPENMP", None)
+    assert path(large) == "steps"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert path(large.view(1, -1)) == "compiled steps"
 
 
 def test_within_a_solve_that_asked_for_the_reference():

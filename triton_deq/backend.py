@@ -2,7 +2,7 @@
 
 `triton` are the kernels: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 `reference` is plain PyTorch and works everywhere. `numba` is the reference with the solver's own steps
-compiled for a CPU, which pays for small states.
+compiled for a CPU.
 """
 
 import importlib.util
@@ -20,8 +20,8 @@ BACKENDS = ("auto", "triton", "reference", "numba")
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Asked for at every op, where torch.compile could not trace the search."""
 
-SMALL, SMALL_FOR_ONE = 1 << 18, 1 << 20
-"""Up to how many entries of a state compiled code on one thread beats PyTorch on several, and on one."""
+SMALL = 1 << 18
+"""Up to how many entries of a state compiled code on one thread beats PyTorch on several."""
 
 _ambient: ContextVar[str] = ContextVar("ambient", default="auto")
 
@@ -79,8 +79,8 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
 def choose_step(z0: Tensor, requested: str = "auto") -> str:
     """What takes a solver's steps from z0: "triton" or "reference" as `choose` says, or "numba".
 
-    "auto" takes Numba for the reference where that can serve, on a CPU in float32 or float64, and pays: for
-    states of at most `SMALL` entries, or `SMALL_FOR_ONE` if PyTorch has one thread as well.
+    "auto" takes Numba for the reference where that can serve, on a CPU in float32 or float64, and pays: where
+    each of PyTorch's threads has a sample, and for states of at most `SMALL` entries.
 
     Raises:
         ValueError: as `choose`, or "numba" where it cannot serve.
@@ -93,9 +93,8 @@ def choose_step(z0: Tensor, requested: str = "auto") -> str:
                 f"backend='numba' cannot serve here: {obstacle}. Use backend='auto' or 'reference'"
             )
         return "numba"
-    small = z0.numel() <= (SMALL if torch.get_num_threads() > 1 else SMALL_FOR_ONE)
-    serves = name == "reference" and _resolved(requested) != "reference" and small and not _numba_obstacle(z0)
-    return "numba" if serves else name
+    serves = name == "reference" and _resolved(requested) != "reference" and not _numba_obstacle(z0)
+    return "numba" if serves and _numba_pays(z0) else name
 
 
 def _resolved(requested: str) -> str:
@@ -116,6 +115,14 @@ def _numba_obstacle(z0: Tensor) -> str:
     if z0.dtype not in (torch.float32, torch.float64):
         return f"the state has dtype {z0.dtype}, and it knows float32 and float64"
     return _numba_missing()
+
+
+def _numba_pays(z0: Tensor) -> bool:
+    if z0.numel() <= SMALL:
+        return True
+    from .compiled import threads_for
+
+    return threads_for(len(z0)) == torch.get_num_threads()
 
 
 @cache

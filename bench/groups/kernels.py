@@ -96,7 +96,8 @@ def cases(setting: Setting) -> Iterator[Case]:
             ):
                 if op == "anderson_step" and shape[1] > MAX_BLOCK:
                     continue  # two launches, which have their own rows
-                variants = _variants(setting, shape, dtype, call, peers)
+                on_cpu = _steps_on_cpu(dtype) if op.startswith(("anderson", "broyden")) else "reference"
+                variants = _variants(setting, shape, dtype, call, peers, on_cpu=on_cpu)
                 work = of_kernels([op + kernel], *shape)
                 yield Case(GROUP, op, "forward", dtype, shape, tuple(variants), work=work)
 
@@ -161,13 +162,14 @@ def _variants(
     call: Callable[..., Call],
     peers: dict[str, Callable[..., Call]],
     single: bool = True,
+    on_cpu: str = "reference",
 ) -> Iterator[Variant]:
     """single: one op, not a whole solve, whose loop a compiler would unroll and which reads the device."""
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=setting.device).to(dtype)
 
-    for name, backend in ours(setting, "reference"):
+    for name, backend in ours(setting, on_cpu):
         yield Variant(name, partial(call, randn, *shape, backend), backend)
     for name, peer in peers.items():
         yield Variant(name, partial(peer, randn, *shape))
@@ -177,6 +179,13 @@ def _variants(
     if setting.gpu and single:
         prepare = partial(_graphed, setting, call, randn, *shape)
         yield Variant("triton-deq graph", prepare, "cuda graph")
+
+
+def _steps_on_cpu(dtype: torch.dtype) -> str:
+    """What takes a solver's steps there: compiled code or the reference."""
+    from triton_deq.backend import choose_step
+
+    return "numba" if choose_step(torch.empty(1, 1, dtype=dtype)) == "numba" else "reference"
 
 
 def _compiled(peer: Callable[..., Call], *arguments: Any) -> Call:
@@ -226,10 +235,10 @@ def _advance(randn, batch: int, entries: int, backend: str) -> Call:
     state, step = _full_state(randn, batch, entries, backend)
     state.record.best.fill_(torch.inf)
     anderson_residual(state, randn(batch, entries), step, 1.0, backend)
-    best = state.record.data[BEST] if backend == "reference" else state.before[BEST]
+    best = state.record.data[BEST] if backend != "triton" else state.before[BEST]
 
     def call() -> None:
-        if backend == "reference":  # it keeps its best in the record at once
+        if backend != "triton":  # these keep their best in the record at once
             best.fill_(torch.inf)
         anderson_advance(state, step, **RULE, backend=backend)
 
@@ -264,7 +273,7 @@ def _step(randn, batch: int, entries: int, backend: str) -> Call:
     steps = count(step)
 
     def call() -> None:
-        if backend == "reference":  # every call improves on the best, which costs it least
+        if backend != "triton":  # every call improves on the best, which costs it least
             state.record.best.fill_(torch.inf)
         now = next(steps)
         anderson_step(state, values[now % HISTORY], now, mixing=1.0, **RULE, backend=backend)
@@ -324,10 +333,10 @@ def _broyden_advance(randn, batch: int, entries: int, backend: str) -> Call:
     state, step = _full_broyden(randn, batch, entries, backend)
     state.record.best.fill_(torch.inf)
     broyden_residual(state, randn(batch, entries), step, backend)
-    best = state.record.data[BEST] if backend == "reference" else state.before[BEST]
+    best = state.record.data[BEST] if backend != "triton" else state.before[BEST]
 
     def call() -> None:
-        if backend == "reference":  # it keeps its best in the record at once
+        if backend != "triton":  # these keep their best in the record at once
             best.fill_(torch.inf)
         broyden_advance(state, step, **BROYDEN_RULE, backend=backend)
 

@@ -50,18 +50,6 @@ class Views(NamedTuple):
     dots_on_host: NDArray[Any] | None
 
 
-class Arrays(NamedTuple):
-    """A state's buffers in NumPy, by the same names; dots: `[B, m+1]`."""
-
-    x: NDArray[Any]
-    best: NDArray[Any]
-    residuals: NDArray[Any]
-    iterates: NDArray[Any]
-    gram: NDArray[np.float64]
-    dots: NDArray[np.float64]
-    record: NDArray[np.float64]
-
-
 @dataclass
 class AndersonState:
     """Everything a solve keeps, for B samples of N entries and m history slots.
@@ -77,7 +65,8 @@ class AndersonState:
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
     sums: `anderson_sums` of this step, once it was asked for (reference only).
     whole: that every sample which goes on may use all slots that are filled (reference only).
-    launched: by place in the cycle, what was launched there and how to do it again (kernels only).
+    launched: by place in the cycle, what was launched there and how to do it again (kernels); compiled: what
+        its steps are told.
     """
 
     x: Tensor
@@ -102,19 +91,6 @@ class AndersonState:
     def landings(self) -> tuple[Tensor, ...]:
         """`[B, N]`, each slot of the iterates: where f may leave its value."""
         return self.iterates.unbind()
-
-    @cached_property
-    def arrays(self) -> Arrays:
-        """For the compiled step, which gives a state no other buffers."""
-        return Arrays(
-            x=self.x.numpy(),
-            best=self.best.numpy(),
-            residuals=self.residuals.numpy(),
-            iterates=self.iterates.numpy(),
-            gram=self.gram.numpy(),
-            dots=self.dots[:, 0].numpy(),
-            record=self.record.data.numpy(),
-        )
 
     @cached_property
     def views(self) -> Views:

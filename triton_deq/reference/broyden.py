@@ -13,7 +13,7 @@ So nothing of the size of a state is updated but the newest pair, and M gains on
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +23,6 @@ from torch import Tensor
 from .anderson import LEAST_SQUARE, WEIGHT_LIMIT
 from .record import Record, accumulate_dtype
 from .rows import SAFE, assign, block_size, blocks, fresh, keep_best, regular, runs, unsafe
-
-
-class Arrays(NamedTuple):
-    """A state's buffers in NumPy, by the same names; dots: `[B, 3, m + 2]`."""
-
-    x: NDArray[Any]
-    best: NDArray[Any]
-    moves: NDArray[Any]
-    changes: NDArray[Any]
-    matrix: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    dots: NDArray[np.float64]
-    record: NDArray[np.float64]
 
 
 @dataclass
@@ -81,20 +68,6 @@ class BroydenState:
     def landings(self) -> tuple[Tensor, ...]:
         """`[B, N]`, each slot of the changes: where f may leave its value."""
         return self.changes.unbind()
-
-    @cached_property
-    def arrays(self) -> Arrays:
-        """For the compiled step, which gives a state no other buffers."""
-        return Arrays(
-            x=self.x.numpy(),
-            best=self.best.numpy(),
-            moves=self.moves.numpy(),
-            changes=self.changes.numpy(),
-            matrix=self.matrix.numpy(),
-            squares=self.squares.numpy(),
-            dots=self.dots[:, 0].numpy(),
-            record=self.record.data.numpy(),
-        )
 
 
 def slots_for(memory: int, max_steps: int) -> int:

@@ -82,7 +82,7 @@ def solve(
             the host. The graph lasts for this solve; that of a `DEQ` is used again. On a CPU it warns and
             does nothing.
         backend: "auto", "triton", "reference", or "numba": the reference with the solver's steps compiled for
-            a CPU, in float32 or float64. "auto" takes that for small states where Numba can be imported.
+            a CPU, in float32 or float64. "auto" takes that where it pays and Numba can be imported.
 
     Returns:
         A `Solution` with each sample's best finite iterate and how it ended.

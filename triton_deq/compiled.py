@@ -36,8 +36,8 @@ DIVERGENCE = 1e6
 WEIGHT_LIMIT = 1e4
 LEAST_SQUARE = 1e-200
 
-GRAIN = 1 << 15
-"""How many entries of a history are worth a thread: as many as PyTorch gives one of an operator's."""
+GRAIN = 1 << 14
+"""How many entries of a history are worth a thread."""
 
 BLOCK = 4096
 """How many entries of a sample are taken at a time: what is read again is still in the first cache."""

@@ -1,6 +1,7 @@
 """What a solver knows of each sample: the decisions that every solver takes alike."""
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,12 +52,12 @@ class Record:
         self._before = tol, self.data.clone()
 
     def _fill(self, tol: float) -> None:
-        self.data.zero_()
-        self.status.fill_(RUNNING)
-        self.residual.fill_(torch.inf)
-        self.best.fill_(torch.inf)
+        rows: Any = self.data.numpy() if self.data.device.type == "cpu" else self.data
+        rows[:] = 0
+        rows[STATUS] = float(RUNNING)
+        rows[RESIDUAL] = rows[BEST] = torch.inf
         # tol = 0 means "take every step", also past a residual that is exactly zero.
-        self.tolerance.fill_(tol if tol > 0 else -1.0)
+        rows[TOLERANCE] = tol if tol > 0 else -1.0
 
     @cached_property
     def rows(self) -> tuple[NDArray[np.float64], ...]:

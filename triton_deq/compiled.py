@@ -39,7 +39,7 @@ LEAST_SQUARE = 1e-200
 GRAIN = 1 << 14
 """How many entries of a history are worth a thread."""
 
-BLOCK = 4096
+BLOCK = 1024
 """How many entries of a sample are taken at a time: what is read again is still in the first cache."""
 
 EVALUATED, SUMMED, ADVANCED = 1, 2, 4
@@ -406,7 +406,7 @@ def _broyden(call, dtype):
         call.residual_sq, call.value_sq = _batch_squares(record, dots[:, 0, slots], dots[:, 1, slots])
         return
     landed = fx.ctypes.data == changes[slot].ctypes.data  # f has left its value where it belongs
-    residual, curvature = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
+    wide = np.empty((3, BLOCK))
     matrix, weights, used = np.empty((slots, slots)), np.empty(slots), np.empty(slots, np.int64)
     weights[0], used[0] = 1, slot  # the open slot, which holds f(x)
     thread, first, end = _share(call)
@@ -415,7 +415,7 @@ def _broyden(call, dtype):
         if record[STATUS, b] != RUNNING:
             continue
         if call.phases & EVALUATED:
-            _broyden_residual(b, fx, x, moves, changes, dots, step, landed, residual, curvature)
+            _broyden_residual(b, fx, x, moves, changes, dots, step, landed, wide)
         if not call.phases & ADVANCED:
             continue
 
@@ -441,10 +441,10 @@ def _broyden(call, dtype):
 
 
 @compiled
-def _broyden_residual(b, fx, x, moves, changes, dots, step, landed, residual, curvature):
+def _broyden_residual(b, fx, x, moves, changes, dots, step, landed, wide):
     """Close sample b's newest pair, open the next, and the sums of this step into `dots`.
 
-    residual, curvature: [BLOCK], to work in
+    wide: [3, BLOCK] float64, to work in
     """
     slots = len(moves)
     slot, newest, filled = step % slots, (step - 1) % slots, min(step + 1, slots)
@@ -453,16 +453,18 @@ def _broyden_residual(b, fx, x, moves, changes, dots, step, landed, residual, cu
     for start in range(0, x.shape[1], BLOCK):
         end = start + BLOCK
         f, at = fx[b, start:end], x[b, start:end]
-        g = residual[: len(at)]
-        dots[b, 1, slots] += _residual_of(f, at, g)
-        dots[b, 0, slots] += _dot(g, g)
+        residual, move, curvature = wide[0, : len(at)], wide[1, : len(at)], wide[2, : len(at)]
+        squares = _difference(f, at, residual)
+        dots[b, 0, slots] += squares[0]
+        dots[b, 1, slots] += squares[1]
         if step > 0:  # else there is no pair yet
-            move, curved = moves[newest, b, start:end], curvature[: len(at)]
-            dots[b, 2, slots] += _close(f, at, move, changes[newest, b, start:end], curved)
+            dots[b, 2, slots] += _close(
+                f, at, moves[newest, b, start:end], changes[newest, b, start:end], move, curvature
+            )
             for j in range(filled):
                 if j != slot:
                     s, phi = moves[j, b, start:end], changes[j, b, start:end]
-                    right, column, row = _pair_products(s, phi, g, curved, move)
+                    right, column, row = _pair_products(s, phi, residual, curvature, move)
                     dots[b, 0, j] += right
                     dots[b, 1, j] += column
                     dots[b, 2, j] += row
@@ -627,14 +629,27 @@ def _three_dots(a, b, c, d):
 
 
 @vectorised
-def _close(fx, x, move, change, curvature):
-    """Close the pair: `s = x − s`, `φ = f − φ`, and `curvature = s − φ`; returns `‖s‖²`."""
+def _difference(fx, x, out):
+    """`out = f − x`, in float64; returns `‖f − x‖²` and `‖f‖²`."""
+    residual_sq, value_sq = 0.0, 0.0
+    for i in range(len(x)):
+        value = np.float64(fx[i])
+        out[i] = value - np.float64(x[i])
+        residual_sq += out[i] * out[i]
+        value_sq += value * value
+    return residual_sq, value_sq
+
+
+@vectorised
+def _close(fx, x, move, change, wide_move, curvature):
+    """Close the pair: `s = x − s`, `φ = f − φ`; s and `s − φ` also in float64; returns `‖s‖²`."""
     square = 0.0
     for i in range(len(x)):
         move[i] = x[i] - move[i]
         change[i] = fx[i] - change[i]
-        curvature[i] = move[i] - change[i]
-        square += np.float64(move[i]) * np.float64(move[i])
+        wide_move[i] = move[i]
+        curvature[i] = wide_move[i] - np.float64(change[i])
+        square += wide_move[i] * wide_move[i]
     return square
 
 
@@ -643,9 +658,10 @@ def _pair_products(move, change, residual, curvature, newest):
     """`s_i · g`, `s_i · (s_p − φ_p)` and `s_p · φ_i`, p being the newest pair."""
     right, column, row = 0.0, 0.0, 0.0
     for i in range(len(move)):
-        right += np.float64(move[i]) * np.float64(residual[i])
-        column += np.float64(move[i]) * np.float64(curvature[i])
-        row += np.float64(newest[i]) * np.float64(change[i])
+        value = np.float64(move[i])
+        right += value * residual[i]
+        column += value * curvature[i]
+        row += newest[i] * np.float64(change[i])
     return right, column, row
 
 

@@ -167,6 +167,17 @@ def test_samples_of_several_blocks(options, threads):
     same_steps(**{"solver": "anderson", "f": Wide(3), "steps": 9, "tol": 1e-3, **options})
 
 
+class Marching(Problem):
+    """The first sample's residual is the same at every step, so that its Gram matrix is singular."""
+
+    def __call__(self, z):
+        return torch.cat((z[:1] + 1, super().__call__(z)[1:]))
+
+
+def test_where_weights_are_of_no_use_a_step_is_plain():
+    same_steps("anderson", Marching(2, 4), steps=5, tol=0.0, ridge=0.0)
+
+
 class Awkward(Problem):
     """Samples, in turn: ordinary, solved, NaN from the third step on, exploding, of one value, moving on."""
 

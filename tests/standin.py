@@ -17,6 +17,7 @@ from triton_deq.cells import mlp as cell
 from triton_deq.ops import anderson, broyden, jacobian, mlp, weightnorm
 from triton_deq.ops.launch import launch_anew
 from triton_deq.solvers import graph, loop
+from triton_deq.weight_caches import without_caches
 
 OPS = (anderson, broyden, jacobian, mlp, weightnorm)
 
@@ -81,7 +82,7 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
     for patch in patches:
         patch.start()
     try:
-        with recorder, graph.without_caches():
+        with recorder, without_caches():
             steps()
     finally:
         mock.patch.stopall()

@@ -10,6 +10,7 @@ import torch
 
 import triton_deq as td
 from triton_deq import backend as backends
+from triton_deq import openmp
 from triton_deq.ops import anderson, broyden
 from triton_deq.reference import anderson as reference_anderson
 from triton_deq.reference import record
@@ -300,7 +301,7 @@ WITH_FEWER_THREADS = """
 import os, sys
 import torch
 import triton_deq as td
-from triton_deq import compiled
+from triton_deq import openmp
 
 def solve(backend):
     return td.solve(f, z0, backend=backend, tol=1e-5, max_steps=9)
@@ -308,19 +309,19 @@ def solve(backend):
 z0 = torch.zeros(16, 1024)
 f = lambda z: 0.5 * z + torch.arange(16.0)[:, None]
 torch.set_num_threads(3)
-assert compiled.threads_for(16) == 3
+assert openmp.threads_for(16) == 3
 ours, expected = solve("numba"), solve("reference")
 assert ours.converged.all() and torch.equal(ours.steps, expected.steps), ours
 torch.testing.assert_close(ours.value, expected.value, rtol=1e-4, atol=1e-4)
 child = os.fork()
 if child == 0:  # where also PyTorch would wait for ever, in an operator that takes several threads
-    again = solve("numba") if compiled.threads_for(16) == 1 else None
+    again = solve("numba") if openmp.threads_for(16) == 1 else None
     os._exit(7 if again is not None and torch.equal(again.value, ours.value) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or compiled._OPENMP is None, reason="there are no such threads")
+@pytest.mark.skipif(not hasattr(os, "fork") or openmp.LIBRARY is None, reason="there are no such threads")
 def test_where_openmp_has_fewer_threads_and_after_fork():
     environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", WITH_FEWER_THREADS], env=environment, timeout=120)
@@ -385,7 +386,7 @@ def test_auto_takes_them_for_large_states_if_every_thread_has_a_sample(monkeypat
     assert path(large[:1]) == "compiled steps"  # is not large
     assert path(large.view(1, -1)) == "steps"
     assert path(large.view(1, -1), backend="numba") == "compiled steps"
-    monkeypatch.setattr(compiled, "_OPENMP", None)
+    monkeypatch.setattr(openmp, "LIBRARY", None)
     assert path(large) == "steps"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert path(large.view(1, -1)) == "compiled steps"

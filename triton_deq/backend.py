@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .openmp import threads_for
+
 BACKENDS = ("auto", "triton", "reference", "numba")
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -118,11 +120,7 @@ def _numba_obstacle(z0: Tensor) -> str:
 
 
 def _numba_pays(z0: Tensor) -> bool:
-    if z0.numel() <= SMALL:
-        return True
-    from .compiled import threads_for
-
-    return threads_for(len(z0)) == torch.get_num_threads()
+    return z0.numel() <= SMALL or threads_for(len(z0)) == torch.get_num_threads()
 
 
 @cache

@@ -10,11 +10,8 @@ file of the function changes, whatever becomes of what it calls.
 """
 
 import ctypes
-import os
-import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import llvmlite.binding
@@ -25,6 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from . import openmp
 from .reference.anderson import AndersonState
 from .reference.broyden import BroydenState
 
@@ -67,37 +65,13 @@ def _kept(decorator: Callable[..., Any], function: Callable[..., Any], options: 
 # Threads
 
 
-def _openmp() -> Any:
-    """The OpenMP library whose threads are PyTorch's; None if PyTorch has none, or none that is known."""
-    name = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib"}.get(sys.platform)
-    if name is None or not torch.backends.openmp.is_available():
-        return None
-    try:  # a library's handle finds the names of those it was linked with
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-        library.GOMP_parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-        library.GOMP_parallel.restype = None
-        library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018 - that they are there
-    except (OSError, AttributeError):
-        return None
-    return library
-
-
-_OPENMP, _PROCESS = _openmp(), os.getpid()
-
-# What compiled code calls them by; where there is no such library it never does, but each must have a value.
+# What compiled code calls OpenMP by; without one it never does, but each must have a value.
 _nobody = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 for name in ("omp_get_thread_num", "omp_get_num_threads"):
-    address = ctypes.cast(getattr(_OPENMP, name, _nobody), ctypes.c_void_p).value
+    address = ctypes.cast(getattr(openmp.LIBRARY, name, _nobody), ctypes.c_void_p).value
     llvmlite.binding.add_symbol(f"triton_deq_{name}", address)
 _thread = types.ExternalFunction("triton_deq_omp_get_thread_num", types.intc())
 _threads = types.ExternalFunction("triton_deq_omp_get_num_threads", types.intc())
-
-
-def threads_for(batch: int) -> int:
-    """How many threads can share in the steps of a batch."""
-    # A child of fork has the library's memory without its threads, and would wait for them.
-    at_hand = torch.get_num_threads() if _OPENMP is not None and os.getpid() == _PROCESS else 1
-    return min(at_hand, batch)
 
 
 # Calls
@@ -114,7 +88,7 @@ class Call(ctypes.Structure):
 
     def __init__(self, state: Any, slots: int) -> None:
         batch, entries = state.x.shape
-        threads = max(min(threads_for(batch), batch * entries * slots // GRAIN), 1)
+        threads = max(min(openmp.threads_for(batch), batch * entries * slots // GRAIN), 1)
         super().__init__(batch=batch, entries=entries, slots=slots, threads=threads)
         buffers = {name: getattr(state, name) for name in self.buffers}
         for name, buffer in {**buffers, "record": state.record.data}.items():
@@ -148,7 +122,7 @@ class Call(ctypes.Structure):
         if self.threads == 1 or phases == SUMMED:
             self._step(self._address)
         else:
-            _OPENMP.GOMP_parallel(self._function, self._address, self.threads, 0)
+            openmp.LIBRARY.GOMP_parallel(self._function, self._address, self.threads, 0)
 
 
 def _fields(buffers: tuple[str, ...], numbers: str, reals: str) -> list[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from .checks import (
 from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
 from .reference import jacobian as reference
 from .reference.record import accumulate_dtype
+from .weight_caches import kept_apart
 
 Function = Callable[[Tensor], Tensor]
 
@@ -253,7 +254,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     """
     check_state("z", z)
     check_count("steps", steps)
-    with torch.no_grad():
+    with torch.no_grad(), kept_apart():
         if z.numel() == 0:
             return torch.zeros(z.shape[0], dtype=accumulate_dtype(z.dtype), device=z.device)
         closed = closed_vjp(f)

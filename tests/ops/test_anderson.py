@@ -9,6 +9,7 @@ import torch
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
 from triton_deq.reference import anderson as reference
+from triton_deq.reference import rows
 from triton_deq.reference.anderson import _host_weights, anderson_weights
 from triton_deq.reference.record import TOLERANCE, Record
 from triton_deq.reference.rows import LARGE, fresh, regular
@@ -266,14 +267,30 @@ def test_a_large_buffer_serves_again_when_nobody_looks_at_it(monkeypatch):
     assert (part == 3).all()
     del part
     assert place(entries // 2).data_ptr() == at
-    assert place(entries + 16).data_ptr() != at  # too small, so it is not kept any longer
-    del second, third
-    fourth = place(entries)
-    at = fourth.data_ptr()
-    del fourth
-    assert place(entries).data_ptr() == at
+    larger = place(entries + 16)  # for which that is too small
+    assert larger.data_ptr() != at
+    other = larger.data_ptr()
+    del larger
+    for _ in range(2):  # solves of two sizes in turns
+        assert place(entries // 2).data_ptr() == at
+        assert place(entries + 16).data_ptr() == other
 
-    monkeypatch.setattr("triton_deq.reference.rows.KEPT", LARGE)
-    monkeypatch.setattr("triton_deq.reference.rows._given_up", kept := [])
-    place(entries)
-    assert not kept
+
+def test_of_what_is_given_up_the_last_is_kept(monkeypatch):
+    monkeypatch.setattr(rows, "KEPT", 5 * LARGE)
+    monkeypatch.setattr(rows, "_given_up", {})
+
+    def kept():
+        return [memory.size // LARGE for memory in rows._given_up.values()]
+
+    def place(times):
+        return fresh((times * LARGE,), torch.uint8, torch.device("cpu"))
+
+    first, second, third = place(2), place(2), place(2)
+    del first
+    del third
+    assert kept() == [2, 2]
+    del second
+    assert kept() == [2, 2]
+    place(6)  # too much to keep
+    assert kept() == [2, 2]

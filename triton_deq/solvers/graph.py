@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
+
+from ..weight_caches import without_caches
 
 Step = Callable[[int], Any]
 """Takes one step of a solve, given its number, without looking at the device."""
@@ -88,23 +89,6 @@ def capture(steps: Callable[[], None], device: torch.device) -> Callable[[], Non
             raise
         graph.capture_end()
     return graph.replay
-
-
-@contextmanager
-def without_caches() -> Iterator[None]:
-    """While entered, a weight is cast by autocast and made by its parametrization wherever it is read.
-
-    Else a capture may read what autocast or `parametrize.cached` keeps from before, of a weight as it was
-    then, and in memory that they give back at their end.
-    """
-    before = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
-    torch.set_autocast_cache_enabled(False)
-    parametrize._cache_enabled = 0
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before[0])
-        parametrize._cache_enabled = before[1]
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:

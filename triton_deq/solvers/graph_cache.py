@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..weight_caches import without_caches
 from . import graph
 from .graph import Replays
 from .graph_keys import Look, look, of_leaf, of_mode, of_tensor
@@ -134,7 +135,7 @@ class Cached:
         if not hasattr(self.f, "prepare"):
             return
         if self.prelude is None:
-            with self.reads or nullcontext(), graph.without_caches():
+            with self.reads or nullcontext(), without_caches():
                 self.f.prepare()  # what is compiled or loaded at first may not be captured
                 with suppress(RuntimeError):  # what waits for the device serves one solve
                     self.prelude = graph.capture(self.f.prepare, device)
@@ -143,7 +144,7 @@ class Cached:
 
     def watched(self, z: Tensor) -> Tensor:
         """f(z); notes what f reads."""
-        with self.reads or nullcontext(), graph.without_caches():
+        with self.reads or nullcontext(), without_caches():
             return self.f(z)
 
     def knows_all(self) -> bool:
@@ -177,7 +178,7 @@ class Call:
         def evaluate() -> None:
             call.value = function(*tree_unflatten(call.inputs, spec))
 
-        with Reads() as reads, graph.without_caches():
+        with Reads() as reads, without_caches():
             evaluate()  # what is compiled or loaded at first may not be captured
         if reads.only(call.inputs, modules):
             with suppress(RuntimeError):  # a function that waits for the device works as it is

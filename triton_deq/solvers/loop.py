@@ -11,6 +11,7 @@ from ..checks import check_state
 from ..ops.launch import transformed
 from ..reference.record import Record
 from ..status import Status
+from ..weight_caches import kept_apart
 from .anderson import Anderson
 from .compaction import Whole, check_compact
 from .functional import functional_solve
@@ -142,7 +143,7 @@ def solve_and_keep(
         return empty_solution(z0, trace), None
 
     captured = graph if graph and usable(z0.device, name, compact) else False
-    with backends.ambient(backend):
+    with backends.ambient(backend), kept_apart():
         return _solve(f, z0, solver, stopping, name, throw, trace, compact, debug, captured)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import triton_deq as td
+from triton_deq.compat import locuslab
 
 
 class Halved(nn.Module):
@@ -78,3 +79,34 @@ def test_an_f_that_raises_leaves_the_cache_as_it_was():
         assert not parametrize._cache
         assert cell.state.weight.requires_grad
     assert weight[0].made == 2
+
+
+@pytest.mark.parametrize("solve", ["anderson", "broyden", "fixed_point_iter"])
+def test_torchdeqs_solvers_lose_no_gradient(solve):
+    torchdeq = pytest.importorskip("torchdeq")
+    from triton_deq.compat.torchdeq import install
+
+    install()
+    cell, weight = halved_cell()
+    deq = torchdeq.get_deq(f_solver=f"triton_{solve}", f_max_iter=5)
+    with parametrize.cached():
+        values, _ = deq(lambda z: cell(z, torch.ones(3, 6)), torch.zeros(3, 6))
+        values[-1].square().sum().backward()
+    assert weight.original.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [locuslab.anderson, lambda f, z0: locuslab.broyden(f, z0, threshold=5)],
+    ids=["anderson", "broyden"],
+)
+def test_locuslabs_solvers_lose_no_gradient(solve):
+    cell, weight = halved_cell()
+
+    def f(z):
+        return cell(z, torch.ones(3, 6))
+
+    with parametrize.cached():
+        found = solve(lambda z: f(z[:, 0])[:, None], torch.zeros(3, 1, 6))["result"]
+        f(found[:, 0]).square().sum().backward()
+    assert weight.original.grad.abs().max() > 0

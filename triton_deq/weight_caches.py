@@ -4,11 +4,16 @@
 the weights that it has cast. Both are the process's, and know nothing of solves and captures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn.utils import parametrize
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def kept_apart() -> AbstractContextManager[None]:
@@ -28,6 +33,17 @@ def _kept_apart() -> Iterator[None]:
         yield
     finally:
         parametrize._cache = before
+
+
+def as_solve(function: Callable[P, R]) -> Callable[P, R]:
+    """The function run without gradients, and with the weights that it makes kept apart."""
+
+    @wraps(function)
+    def solve(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad(), kept_apart():
+            return function(*args, **kwargs)
+
+    return solve
 
 
 @contextmanager

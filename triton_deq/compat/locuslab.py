@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..jacobian import jacobian_norm_of, spectral_pair_of
+from ..weight_caches import as_solve
 from .iteration import INITIAL, STALLED, AndersonIteration, BroydenIteration, Function, Iteration
 from .options import refuse_unknown
 
@@ -31,7 +32,7 @@ PROTECTION = {"abs": 1e6, "rel": 1e3}
 """Broyden breaks off above the first residual times this, times the last dimension of the state."""
 
 
-@torch.no_grad()
+@as_solve
 def anderson(
     f: Function,
     x0: Tensor,
@@ -95,7 +96,7 @@ def anderson(
     return watch.run(iteration, threshold, length=threshold - 2)
 
 
-@torch.no_grad()
+@as_solve
 def broyden(
     f: Function,
     x0: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...backend import choose
 from ...checks import check_count, check_number
+from ...weight_caches import as_solve
 from ..iteration import (
     AndersonIteration,
     BoundedBroydenIteration,
@@ -19,7 +20,7 @@ from ..options import refuse_unknown
 from .judging import Answer, Watch
 
 
-@torch.no_grad()
+@as_solve
 def anderson_solver(
     func: Function,
     x0: Tensor,
@@ -83,7 +84,7 @@ def anderson_solver(
     return watch.run(iteration, max_iter, gives_value=True)
 
 
-@torch.no_grad()
+@as_solve
 def broyden_solver(
     func: Function,
     x0: Tensor,
@@ -137,7 +138,7 @@ def broyden_solver(
     return watch.run(iteration, max_iter + 1, gives_value=False, stalls=True)
 
 
-@torch.no_grad()
+@as_solve
 def fixed_point_iter(
     func: Function,
     x0: Tensor,

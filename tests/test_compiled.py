@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import triton_deq as td
 from triton_deq import backend as backends
@@ -28,14 +29,18 @@ def _kernels_cannot(monkeypatch):
     monkeypatch.setattr(backends, "interpreting", lambda: False)
 
 
-@pytest.fixture(params=[1, 3], ids="threads={}".format)
-def threads(request, monkeypatch):
-    """Samples are dealt out to so many, however small they are."""
+@pytest.fixture
+def deal_out(monkeypatch):
+    """Deal samples out to so many threads, however small they are."""
     monkeypatch.setattr(compiled, "GRAIN", 1)
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 3], ids="threads={}".format)
+def threads(request, deal_out):
+    deal_out(request.param)
 
 
 class Problem:
@@ -282,18 +287,16 @@ def test_a_singular_system_is_not_finite():
 
 
 @pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden()], ids=str)
-def test_same_bits_every_time_by_any_number_of_threads(solver, monkeypatch):
-    monkeypatch.setattr(compiled, "GRAIN", 1)
-    f, before = Wide(5, torch.float32), torch.get_num_threads()
+def test_same_bits_every_time_by_any_number_of_threads(solver, deal_out):
+    f = Wide(5, torch.float32)
 
     def plain(z):
         return 0.3 * z * z.abs().clamp(max=1) + f.shift
 
     values = []
     for threads in (1, 1, 2, 4, 7):
-        torch.set_num_threads(threads)
+        deal_out(threads)
         values.append(td.solve(plain, f.z0, solver, tol=0, max_steps=12, backend="numba").value)
-    torch.set_num_threads(before)
     assert all(torch.equal(value, values[0]) for value in values)
 
 
@@ -333,6 +336,33 @@ def test_a_value_that_is_a_parameter_or_strided():
     assert torch.equal(td.solve(lambda z: value, torch.zeros(3, 4), backend="numba").value, value)
     across = torch.randn(4, 3)
     assert torch.equal(td.solve(lambda z: across.T, torch.zeros(3, 4), backend="numba").value, across.T)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, which lets another one answer."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda each: each.held if type(each) is cls else each, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden(), td.Picard()], ids=str)
+@pytest.mark.parametrize(
+    "dress", [Wrapper, lambda value: torch._neg_view(-value)], ids=["wrapper", "negated"]
+)
+def test_a_value_that_its_address_does_not_tell(dress, solver):
+    f = Problem(3, 8)
+    ours = td.solve(lambda z: dress(f(z)), f.z0, solver, tol=0, max_steps=6, backend="numba")
+    plain = td.solve(f, f.z0, solver, tol=0, max_steps=6, backend="numba")
+    assert torch.equal(ours.value, plain.value)
 
 
 def test_compaction_goes_on_with_compiled_steps():

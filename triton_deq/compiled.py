@@ -64,7 +64,6 @@ def _kept(decorator: Callable[..., Any], function: Callable[..., Any], options: 
 
 # Threads
 
-
 # What compiled code calls OpenMP by; without one it never does, but each must have a value.
 _nobody = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 for name in ("omp_get_thread_num", "omp_get_num_threads"):
@@ -197,6 +196,14 @@ def _share(call):
     return thread, thread * call.batch // threads, (thread + 1) * call.batch // threads
 
 
+def _readable(fx: Tensor) -> Tensor:
+    """f's value as a tensor whose entries stand at its address, one after the other, as they are."""
+    fx = fx.contiguous()
+    if type(fx) in (Tensor, torch.nn.Parameter) and not fx.is_neg():
+        return fx
+    return torch.empty(fx.shape, dtype=fx.dtype, device="cpu").copy_(fx)
+
+
 # Anderson
 
 
@@ -213,7 +220,7 @@ def anderson_step(
     last: bool,
 ) -> int:
     """`anderson_residual`, then `anderson_advance`, in one call: a small state waits mostly for calls."""
-    call = AndersonCall.of(state, state.history)
+    fx, call = _readable(fx), AndersonCall.of(state, state.history)
     call.fx, call.step, call.mixing = fx.data_ptr(), step, mixing
     call.relative, call.over_batch, call.last = relative, over_batch, last
     call.ridge, call.relative_ridge = ridge, relative_ridge
@@ -221,8 +228,8 @@ def anderson_step(
 
 
 def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float) -> None:
-    """As the reference's; fx: contiguous."""
-    call = AndersonCall.of(state, state.history)
+    """As the reference's."""
+    fx, call = _readable(fx), AndersonCall.of(state, state.history)
     call.fx, call.step, call.mixing = fx.data_ptr(), step, mixing
     call.run(EVALUATED)
 
@@ -349,8 +356,8 @@ def _mixing_weights(gram, slots, ridge, relative_ridge, matrix, scale, weights):
 
 
 def broyden_residual(state: BroydenState, fx: Tensor, step: int) -> None:
-    """As the reference's; fx: contiguous."""
-    call = BroydenCall.of(state, state.slots)
+    """As the reference's."""
+    fx, call = _readable(fx), BroydenCall.of(state, state.slots)
     call.fx, call.step = fx.data_ptr(), step
     call.run(EVALUATED)
 

@@ -92,7 +92,7 @@ def anderson_step(
         "last": last,
     }
     if backend == "numba":
-        return _compiled().anderson_step(state, fx.contiguous(), step, mixing=mixing, **rule)
+        return _compiled().anderson_step(state, fx, step, mixing=mixing, **rule)
     if backend == "reference" or over_batch or state.x.shape[1] > MAX_BLOCK:
         anderson_residual(state, fx, step, mixing, backend)
         return anderson_advance(state, step, **rule, backend=backend)
@@ -179,9 +179,9 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     """
     if backend == "reference":
         return reference.anderson_residual(state, fx, step, mixing)
-    fx = fx.contiguous()
     if backend == "numba":
         return _compiled().anderson_residual(state, fx, step, mixing)
+    fx = fx.contiguous()
     slot, filled = step % state.history, min(step + 1, state.history)
 
     def make() -> Again:

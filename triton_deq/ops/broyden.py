@@ -114,9 +114,9 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
     """
     if backend == "reference":
         return reference.broyden_residual(state, fx, step)
-    fx = fx.contiguous()
     if backend == "numba":
         return _compiled().broyden_residual(state, fx, step)
+    fx = fx.contiguous()
     slot, filled = step % state.slots, min(step, state.slots)
 
     def make() -> Again:

@@ -52,7 +52,7 @@ class Record:
         self._before = tol, self.data.clone()
 
     def _fill(self, tol: float) -> None:
-        # NumPy's small operations cost a quarter of PyTorch's; it cannot see a tensor without memory.
+        # NumPy's small operations cost less than PyTorch's, but it cannot see a tensor without memory.
         on_host = self.data.device.type == "cpu" and type(self.data) is torch.Tensor
         rows: Any = self.data.numpy() if on_host else self.data
         rows[:] = 0

@@ -11,7 +11,7 @@ from ..checks import check_state
 from ..ops.launch import transformed
 from ..reference.record import Record
 from ..status import Status
-from ..weight_caches import kept_apart
+from ..weight_caches import as_solve
 from .anderson import Anderson
 from .compaction import Whole, check_compact
 from .functional import functional_solve
@@ -112,7 +112,7 @@ def solve(
     return solution
 
 
-@torch.no_grad()
+@as_solve
 def solve_and_keep(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
@@ -143,7 +143,7 @@ def solve_and_keep(
         return empty_solution(z0, trace), None
 
     captured = graph if graph and usable(z0.device, name, compact) else False
-    with backends.ambient(backend), kept_apart():
+    with backends.ambient(backend):
         return _solve(f, z0, solver, stopping, name, throw, trace, compact, debug, captured)
 
 

@@ -9,7 +9,7 @@ OURS = "triton-deq"
 TITLES = {
     "step": "Solver alone: 20 steps of Anderson(6) or of Broyden(10), milliseconds a step beyond f",
     "solve": "Whole solve to the same residual, milliseconds",
-    "kernels": "Single ops (on a CPU the reference, and solvers' compiled steps), milliseconds",
+    "kernels": "Single ops (on a CPU the reference, and what Numba has compiled), milliseconds",
     "penalty": "Jacobian penalty, milliseconds",
     "training": "Training step of a DEQ, 10 steps forward and 10 backward, milliseconds",
     "language": "DEQ-Transformer at 14 evaluations a solve beside a stacked Transformer-XL, milliseconds",

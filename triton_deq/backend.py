@@ -1,8 +1,8 @@
 """Which implementation serves a tensor, and why.
 
 `triton` are the kernels: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
-`reference` is plain PyTorch and works everywhere. `numba` is the reference with the solver's own steps
-compiled for a CPU.
+`reference` is plain PyTorch and works everywhere. `numba` is the reference with what triton_deq/compiled has
+compiled for a CPU: the solvers' own steps and GroupNorm.
 """
 
 import importlib.util
@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .openmp import threads_for
 
@@ -54,7 +55,7 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
     Args:
         tensor: any tensor of the computation; only its device counts.
         requested: "auto" takes Triton on a GPU tensor (and in the interpreter), else the reference; "numba"
-            the reference, since it has no more than solvers' steps.
+            the reference, of which it has compiled parts.
 
     Raises:
         ValueError: an unknown name, or "triton" where no kernel can run.
@@ -63,7 +64,7 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
     if requested == "reference":
         return "reference", "asked for by name"
     if requested == "numba":
-        return "reference", "only solvers' steps are compiled by Numba"
+        return "reference", "asked for with the parts that Numba has compiled"
 
     obstacle = _obstacle(tensor)
     if requested == "triton":
@@ -95,8 +96,28 @@ def choose_step(z0: Tensor, requested: str = "auto") -> str:
                 f"backend='numba' cannot serve here: {obstacle}. Use backend='auto' or 'reference'"
             )
         return "numba"
-    serves = name == "reference" and _resolved(requested) != "reference" and not _numba_obstacle(z0)
-    return "numba" if serves and _numba_pays(z0) else name
+    return "numba" if _compiled_serves(z0, requested) and _numba_pays(z0) else name
+
+
+def compiled_serves(requested: str, tensor: Tensor, *others: Tensor | None) -> bool:
+    """Whether what Numba has compiled in place of some operators can read these tensors, and should.
+
+    While a dispatch mode is entered, which is there to see PyTorch's operators, those run.
+    """
+    if is_in_torch_dispatch_mode() or not _compiled_serves(tensor, requested):
+        return False
+    there = [other for other in others if other is not None]
+    return all(lies_at_its_address(each) and each.device == tensor.device for each in (tensor, *there))
+
+
+def lies_at_its_address(tensor: Tensor) -> bool:
+    """Whether a tensor's entries stand in memory from `data_ptr()` on: not so of a wrapper."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
+
+
+def _compiled_serves(tensor: Tensor, requested: str) -> bool:
+    name, _ = choose(tensor, requested)
+    return name == "reference" and _resolved(requested) != "reference" and not _numba_obstacle(tensor)
 
 
 def _resolved(requested: str) -> str:
@@ -108,14 +129,14 @@ def _resolved(requested: str) -> str:
     return requested
 
 
-def _numba_obstacle(z0: Tensor) -> str:
-    """What keeps Numba's steps from serving this state; empty if nothing does."""
-    if z0.device.type != "cpu":
-        return f"the state is on {z0.device.type!r}"
-    if type(z0) not in (Tensor, torch.nn.Parameter):
-        return f"the state is a {type(z0).__name__}, which NumPy cannot see"
-    if z0.dtype not in (torch.float32, torch.float64):
-        return f"the state has dtype {z0.dtype}, and it knows float32 and float64"
+def _numba_obstacle(tensor: Tensor) -> str:
+    """What keeps Numba's code from serving this tensor; empty if nothing does."""
+    if tensor.device.type != "cpu":
+        return f"the state is on {tensor.device.type!r}"
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"the state is a {type(tensor).__name__}, which NumPy cannot see"
+    if tensor.dtype not in (torch.float32, torch.float64):
+        return f"the state has dtype {tensor.dtype}, and it knows float32 and float64"
     return _numba_missing()
 
 

@@ -141,7 +141,9 @@ def cases(setting: Setting) -> Iterator[Case]:
             for dtype in dtypes:
                 # What goes through the autograd engine is neither compiled nor captured.
                 single = kernel in ("groupnorm", "groupnorm_each", "fusion", "fusion_vjp")
-                variants = _variants(setting, size, dtype, make, {"torch": peer}, single=single)
+                variants = _variants(
+                    setting, size, dtype, make, {"torch": peer}, single=single, on_cpu="auto"
+                )
                 work = maps.work(kernel, size, dtype)
                 yield Case(GROUP, kernel, "forward", dtype, size, tuple(variants), work=work)
 

@@ -31,6 +31,7 @@ from .mdeq_layers import (
     unpack,
     walk,
 )
+from .prepacked import Prepacked
 
 
 class MDEQCell(nn.Module):
@@ -153,7 +154,10 @@ class MDEQCell(nn.Module):
         )
         shift = x.contiguous(memory_format=torch.channels_last)
         weights = self._weights(x)
-        return MDEQInjection(shift, weights, self._masks(x), scales, self._joined(x, weights))
+        if kernels_serve(x, "auto", autocast=True):
+            return MDEQInjection(shift, weights, self._masks(x), scales, joined=self._joined(weights))
+        prepacked = Prepacked() if x.device.type == "cpu" else None
+        return MDEQInjection(shift, weights, self._masks(x), scales, prepacked=prepacked)
 
     def initial_state(self, u: MDEQInjection) -> Tensor:
         """Zeros, `[B, N]`."""
@@ -185,9 +189,7 @@ class MDEQCell(nn.Module):
         weights = weights_of([unit.conv for unit in self._units], autocast_dtype(x.device), x)
         return tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights)
 
-    def _joined(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not kernels_serve(x, "auto", autocast=True):
-            return ()
+    def _joined(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         found = []
         for join in self._joins:
             parts = [weights[self._paths[ends][0].place].detach() for ends in join]

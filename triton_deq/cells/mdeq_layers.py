@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops.fusion import Sum, fusion_each
-from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
+from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each, overwrites
 from ..ops.launch import kernels_serve, transformed
 from ..reference.groupnorm import Normalised
+from .prepacked import Prepacked
 
 
 class Scale(NamedTuple):
@@ -36,6 +37,7 @@ class MDEQInjection(NamedTuple):
         scales: how a packed state is cut.
         joined: where kernels serve, the weights by which several convolutions of one map are one; nobody asks
             for gradients in them.
+        prepacked: on a CPU, the weights as oneDNN lays them out.
     """
 
     shift: Tensor
@@ -43,6 +45,7 @@ class MDEQInjection(NamedTuple):
     masks: tuple[Tensor, ...] | None
     scales: tuple[Scale, ...]
     joined: tuple[Tensor, ...] = ()
+    prepacked: Prepacked | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ class ConvNorm(nn.Module):
 
     def product(self, x: Tensor, u: MDEQInjection) -> Tensor:
         weight = u.weights[self.place]
-        return functional.conv2d(x.to(weight.dtype), weight, None, self.conv.stride, self.conv.padding)
+        x, stride, padding = x.to(weight.dtype), self.conv.stride, self.conv.padding
+        if u.prepacked is None or tracked():
+            return functional.conv2d(x, weight, None, stride, padding)
+        return u.prepacked.conv2d(x, weight, stride, padding)
 
     def pull(self, vector: Tensor, u: MDEQInjection) -> Tensor:
         """From the gradient in the product to that in x."""
@@ -181,7 +187,7 @@ def forwards(
         Map(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, **around)
         for x, (_, norm, around) in zip(maps, steps, strict=True)
     ]
-    if kept is None and not tracked() and kernels_serve(maps[0], "auto", autocast=True):
+    if kept is None and not tracked() and overwrites(maps[0]):
         given = [in_place(each) for each in given]
     found = groupnorm_each(given, statistics=kept is not None)
     if kept is not None:

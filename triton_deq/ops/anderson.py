@@ -297,9 +297,9 @@ def _geometry(state: AndersonState) -> tuple[tuple[int, int], Partition, dict[st
 
 @cache
 def _compiled() -> ModuleType:
-    from .. import compiled
+    from ..compiled import steps
 
-    return compiled
+    return steps
 
 
 @cache

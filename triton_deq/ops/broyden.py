@@ -219,9 +219,9 @@ def _cut(x: Tensor) -> Partition:
 
 @cache
 def _compiled() -> ModuleType:
-    from .. import compiled
+    from ..compiled import steps
 
-    return compiled
+    return steps
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import compiled_serves
 from ..checks import check_count, check_number
 from ..reference import groupnorm as reference
 from ..reference.groupnorm import Gradients, Normalised
@@ -129,7 +130,30 @@ def _evaluated(given: Map, backend: str, statistics: bool) -> tuple[Tensor, Any,
         return (value if given.out is None else given.out.copy_(value)), mean, inverse
     if _differentiated(given.inputs):
         return GroupNormFunction.apply(*given.inputs, given.groups, given.relu, given.epsilon, served)
-    return groupnorm_fwd([given], statistics)[0] if served else reference.groupnorm_fwd(*given)
+    return groupnorm_fwd([given], statistics)[0] if served else _on_host(given, backend)
+
+
+def _on_host(given: Map, backend: str) -> tuple[Tensor, Any, Any]:
+    """By PyTorch's operators or, of a channels-last map, by what Numba has compiled."""
+    x, groups, gain, offset, mask, shift, residual, relu, epsilon, out = given
+    if not _compiles(given, backend):
+        return reference.groupnorm_fwd(*given)
+    vectors = (None if each is None else each.to(x.dtype).contiguous() for each in (gain, offset, mask))
+    maps = (None if each is None else laid(each.to(x.dtype)) for each in (shift, residual))
+    direct = out is not None and out.dtype == x.dtype and laid(out) is out
+    value = out if out is not None and direct else fresh(x)
+    found = _compiled().groupnorm_fwd(x, groups, *vectors, *maps, relu, epsilon, value)
+    return found if out is None or direct else (out.copy_(value), *found[1:])
+
+
+def _compiles(given: Map, backend: str) -> bool:
+    others = (*given.inputs[1:], given.out)
+    return compiled_serves(backend, given.x, *others) and laid(given.x) is given.x
+
+
+def overwrites(x: Tensor) -> bool:
+    """Whether a value without a graph goes into the place of x in no more passes than into its own."""
+    return kernels_serve(x, "auto", autocast=True) or _compiles(Map(x, 1), "auto")
 
 
 def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -532,6 +556,13 @@ def _check(given: Map) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: for this x it must be {tuple(shape)}")
     if mask is not None and mask.requires_grad:
         raise ValueError("mask.requires_grad=True, and no gradient reaches a mask: give mask.detach()")
+
+
+@cache
+def _compiled() -> ModuleType:
+    from ..compiled import groupnorm
+
+    return groupnorm
 
 
 @cache

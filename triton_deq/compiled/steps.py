@@ -1,30 +1,22 @@
-"""The solvers' steps on a CPU, compiled by Numba: the kernels' formulas, one sample after another.
+"""The solvers' steps: the kernels' formulas, one sample after another.
 
-The formulas stand in triton_deq/reference/anderson.py and broyden.py. Python calls one C function for each
-solver and dtype with the address of a `Call`: where the state's buffers are, and the rule of the step. A
-large state's samples are dealt out to PyTorch's own threads, by the OpenMP library that PyTorch has loaded:
-those keep spinning between PyTorch's operators, and threads of a second pool would wait for them.
-
-All of it is one file, without names from others, because Numba keeps compiled functions on disk until the
-file of the function changes, whatever becomes of what it calls.
+The formulas stand in triton_deq/reference/anderson.py and broyden.py. A large state's samples are dealt out
+to threads; a sample is one thread's, so that the bits do not depend on how many there are.
 """
 
 import ctypes
-from collections.abc import Callable
-from functools import cache, partial
 from typing import Any, ClassVar
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from . import openmp
-from .reference.anderson import AndersonState
-from .reference.broyden import BroydenState
+from .. import openmp
+from ..backend import lies_at_its_address
+from ..reference.anderson import AndersonState
+from ..reference.broyden import BroydenState
+from .calls import Call, array, compiled, fields, share, vectorised
 
 # Rows of a solve's record; these numbers and the limits are those of triton_deq/reference.
 STATUS, COUNT, RESIDUAL, BEST, LIMIT, TOLERANCE, STEPS = range(7)
@@ -44,40 +36,27 @@ EVALUATED, SUMMED, ADVANCED = 1, 2, 4
 """Phases of a step: f's value is taken in; sums over the batch; samples are judged, and go on."""
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Numba's version of a function: compiled at its first call, read from disk in the next process."""
-    return _kept(numba.njit, function, {"nogil": True, "error_model": "numpy", **options})
-
-
-def vectorised(function: Callable[..., Any]) -> Any:
-    """`compiled`, with sums in an order that suits a CPU's vectors; NaN and infinity keep their meaning."""
-    return compiled(function, fastmath={"reassoc", "contract", "nsz"})
-
-
-def _kept(decorator: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """The decorated function, kept on disk unless there is no folder for that."""
-    try:
-        return decorator(cache=True, **options)(function)
-    except RuntimeError:
-        return decorator(**options)(function)
-
-
-# Threads
-
-# What compiled code calls OpenMP by; without one it never does, but each must have a value.
-_nobody = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
-for name in ("omp_get_thread_num", "omp_get_num_threads"):
-    address = ctypes.cast(getattr(openmp.LIBRARY, name, _nobody), ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(f"triton_deq_{name}", address)
-_thread = types.ExternalFunction("triton_deq_omp_get_thread_num", types.intc())
-_threads = types.ExternalFunction("triton_deq_omp_get_num_threads", types.intc())
-
-
 # Calls
 
 
-class Call(ctypes.Structure):
-    """What the compiled code is told.
+def anderson_float32(call):
+    _anderson(numba.carray(call, 1)[0], np.float32)
+
+
+def anderson_float64(call):
+    _anderson(numba.carray(call, 1)[0], np.float64)
+
+
+def broyden_float32(call):
+    _broyden(numba.carray(call, 1)[0], np.float32)
+
+
+def broyden_float64(call):
+    _broyden(numba.carray(call, 1)[0], np.float64)
+
+
+class StepCall(Call):
+    """A step's call.
 
     Addresses of f's value, of the state's buffers, and of a counter for each thread; sizes; the number of
     the step and its rule; and sums over the batch, which phase `SUMMED` writes.
@@ -87,16 +66,15 @@ class Call(ctypes.Structure):
 
     def __init__(self, state: Any, slots: int) -> None:
         batch, entries = state.x.shape
-        threads = max(min(openmp.threads_for(batch), batch * entries * slots // GRAIN), 1)
-        super().__init__(batch=batch, entries=entries, slots=slots, threads=threads)
+        super().__init__(batch=batch, entries=entries, slots=slots)
+        self._dtype = state.x.dtype
+        self._threads = max(min(openmp.threads_for(batch), batch * entries * slots // GRAIN), 1)
         buffers = {name: getattr(state, name) for name in self.buffers}
         for name, buffer in {**buffers, "record": state.record.data}.items():
             assert buffer.is_contiguous(), name
             setattr(self, name, buffer.data_ptr())
-        self._counters = (ctypes.c_int64 * self.threads)()
+        self._counters = (ctypes.c_int64 * self._threads)()
         self.going = ctypes.addressof(self._counters)
-        self._address = ctypes.addressof(self)
-        self._step, self._function = _entry(type(self), state.x.dtype)
 
     @classmethod
     def of(cls, state: Any, slots: int) -> Any:
@@ -118,90 +96,32 @@ class Call(ctypes.Structure):
 
     def _run(self, phases: int) -> None:
         self.phases = phases
-        if self.threads == 1 or phases == SUMMED:
-            self._step(self._address)
-        else:
-            openmp.LIBRARY.GOMP_parallel(self._function, self._address, self.threads, 0)
+        self.run_on(self._dtype, 1 if phases == SUMMED else self._threads)
 
 
 def _fields(buffers: tuple[str, ...], numbers: str, reals: str) -> list[tuple[str, Any]]:
-    whole = *buffers, *f"fx record going batch entries slots threads phases step {numbers}".split()
-    return [(name, ctypes.c_int64) for name in whole] + [(name, ctypes.c_double) for name in reals.split()]
+    whole = *buffers, "fx record going batch entries slots phases step", numbers
+    return fields(" ".join(whole), reals)
 
 
-class AndersonCall(Call):
+class AndersonCall(StepCall):
     buffers = ("x", "best", "residuals", "iterates", "gram", "dots")
+    functions = anderson_float32, anderson_float64
     _fields_ = _fields(
         buffers, "relative over_batch relative_ridge last", "mixing ridge residual_sq value_sq"
     )
 
 
-class BroydenCall(Call):
+class BroydenCall(StepCall):
     buffers = ("x", "best", "moves", "changes", "matrix", "squares", "dots")
+    functions = broyden_float32, broyden_float64
     _fields_ = _fields(buffers, "relative over_batch last", "residual_sq value_sq")
-
-
-@cache
-def _entry(kind: type[Call], dtype: torch.dtype) -> tuple[Callable[[int], None], int]:
-    """What takes a step, told the address of a call, for states of this dtype; and its own address."""
-    function = {
-        (AndersonCall, torch.float32): anderson_float32,
-        (AndersonCall, torch.float64): anderson_float64,
-        (BroydenCall, torch.float32): broyden_float32,
-        (BroydenCall, torch.float64): broyden_float64,
-    }[kind, dtype]
-    signature = types.void(types.CPointer(numba.from_dtype(np.dtype(kind))))
-    entry = _kept(partial(numba.cfunc, signature), function, {})
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry.address), entry.address
-
-
-def anderson_float32(call):
-    _anderson(numba.carray(call, 1)[0], np.float32)
-
-
-def anderson_float64(call):
-    _anderson(numba.carray(call, 1)[0], np.float64)
-
-
-def broyden_float32(call):
-    _broyden(numba.carray(call, 1)[0], np.float32)
-
-
-def broyden_float64(call):
-    _broyden(numba.carray(call, 1)[0], np.float64)
-
-
-@intrinsic
-def _pointer(_, address):
-    """The address as one that Numba reads from."""
-
-    def generate(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(address), generate
-
-
-@compiled
-def _array(address, shape, dtype):
-    return numba.carray(_pointer(address), shape, dtype)
-
-
-@compiled
-def _share(call):
-    """This thread's number, its first sample, and the one after its last."""
-    if call.threads == 1:
-        return 0, 0, call.batch
-    # There may be fewer threads than asked for.
-    thread, threads = np.int64(_thread()), np.int64(_threads())
-    return thread, thread * call.batch // threads, (thread + 1) * call.batch // threads
 
 
 def _readable(fx: Tensor) -> Tensor:
     """f's value as a tensor whose entries stand at its address, one after the other, as they are."""
     fx = fx.contiguous()
-    if type(fx) in (Tensor, torch.nn.Parameter) and not fx.is_neg():
-        return fx
-    return torch.empty(fx.shape, dtype=fx.dtype, device="cpu").copy_(fx)
+    return fx if lies_at_its_address(fx) else torch.empty(fx.shape, dtype=fx.dtype, device="cpu").copy_(fx)
 
 
 # Anderson
@@ -254,14 +174,14 @@ def anderson_advance(
 @compiled
 def _anderson(call, dtype):
     batch, entries, history = call.batch, call.entries, call.slots
-    fx = _array(call.fx, (batch, entries), dtype)
-    x, best = _array(call.x, (batch, entries), dtype), _array(call.best, (batch, entries), dtype)
-    residuals = _array(call.residuals, (history, batch, entries), dtype)
-    iterates = _array(call.iterates, (history, batch, entries), dtype)
-    gram = _array(call.gram, (batch, history, history), np.float64)
-    dots = _array(call.dots, (batch, history + 1), np.float64)
-    record = _array(call.record, (FIELDS, batch), np.float64)
-    going = _array(call.going, call.threads, np.int64)
+    fx = array(call.fx, (batch, entries), dtype)
+    x, best = array(call.x, (batch, entries), dtype), array(call.best, (batch, entries), dtype)
+    residuals = array(call.residuals, (history, batch, entries), dtype)
+    iterates = array(call.iterates, (history, batch, entries), dtype)
+    gram = array(call.gram, (batch, history, history), np.float64)
+    dots = array(call.dots, (batch, history + 1), np.float64)
+    record = array(call.record, (FIELDS, batch), np.float64)
+    going = array(call.going, call.threads, np.int64)
 
     step, slot = call.step, call.step % history
     if call.phases == SUMMED:
@@ -270,7 +190,7 @@ def _anderson(call, dtype):
     landed = fx.ctypes.data == iterates[slot].ctypes.data  # f has left its value where it belongs
     matrix, scale, weights = np.empty((history, history)), np.empty(history), np.empty(history)
     slots = np.empty(history, np.int64)
-    thread, first, end = _share(call)
+    thread, first, end = share(call.threads, batch)
     going[thread] = 0
     for b in range(first, end):
         if record[STATUS, b] != RUNNING:
@@ -372,15 +292,15 @@ def broyden_advance(state: BroydenState, step: int, *, relative: bool, over_batc
 @compiled
 def _broyden(call, dtype):
     batch, entries, slots = call.batch, call.entries, call.slots
-    fx = _array(call.fx, (batch, entries), dtype)
-    x, best = _array(call.x, (batch, entries), dtype), _array(call.best, (batch, entries), dtype)
-    moves = _array(call.moves, (slots, batch, entries), dtype)
-    changes = _array(call.changes, (slots, batch, entries), dtype)
-    gram = _array(call.matrix, (batch, slots, slots), np.float64)
-    squares = _array(call.squares, (batch, slots), np.float64)
-    dots = _array(call.dots, (batch, 3, slots + 1), np.float64)
-    record = _array(call.record, (FIELDS, batch), np.float64)
-    going = _array(call.going, call.threads, np.int64)
+    fx = array(call.fx, (batch, entries), dtype)
+    x, best = array(call.x, (batch, entries), dtype), array(call.best, (batch, entries), dtype)
+    moves = array(call.moves, (slots, batch, entries), dtype)
+    changes = array(call.changes, (slots, batch, entries), dtype)
+    gram = array(call.matrix, (batch, slots, slots), np.float64)
+    squares = array(call.squares, (batch, slots), np.float64)
+    dots = array(call.dots, (batch, 3, slots + 1), np.float64)
+    record = array(call.record, (FIELDS, batch), np.float64)
+    going = array(call.going, call.threads, np.int64)
 
     step, slot, newest = call.step, call.step % slots, (call.step - 1) % slots
     if call.phases == SUMMED:
@@ -390,7 +310,7 @@ def _broyden(call, dtype):
     wide = np.empty((3, BLOCK))
     matrix, weights, used = np.empty((slots, slots)), np.empty(slots), np.empty(slots, np.int64)
     weights[0], used[0] = 1, slot  # the open slot, which holds f(x)
-    thread, first, end = _share(call)
+    thread, first, end = share(call.threads, batch)
     going[thread] = 0
     for b in range(first, end):
         if record[STATUS, b] != RUNNING:

@@ -18,7 +18,7 @@ from triton_deq.reference import record
 from triton_deq.status import RUNNING, Status
 
 pytest.importorskip("numba")
-from triton_deq import compiled
+from triton_deq.compiled import calls, steps
 
 ANDERSON = {"relative": True, "over_batch": False, "ridge": 1e-6, "relative_ridge": True}
 BROYDEN = {"relative": True, "over_batch": False}
@@ -32,7 +32,7 @@ def _kernels_cannot(monkeypatch):
 @pytest.fixture
 def deal_out(monkeypatch):
     """Deal samples out to so many threads, however small they are."""
-    monkeypatch.setattr(compiled, "GRAIN", 1)
+    monkeypatch.setattr(steps, "GRAIN", 1)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -62,7 +62,7 @@ class Wide(Problem):
 
     def __init__(self, batch, dtype=torch.float64):
         super().__init__(batch, 1)
-        shape = batch, 2 * compiled.BLOCK + 3
+        shape = batch, 2 * steps.BLOCK + 3
         self.weight = torch.rand(shape[1], dtype=torch.float64) * 1.8 - 0.9
         self.shift, self.z0 = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
 
@@ -123,12 +123,12 @@ def same_steps(solver, f, steps=14, slots=4, tol=1e-4, mixing=1.0, **rule):
 
 def test_the_same_numbers_as_the_reference():
     names = ("STATUS", "COUNT", "RESIDUAL", "BEST", "LIMIT", "TOLERANCE", "STEPS", "FIELDS", "DIVERGENCE")
-    assert all(getattr(compiled, name) == getattr(record, name) for name in names)
-    assert compiled.WEIGHT_LIMIT == reference_anderson.WEIGHT_LIMIT
-    assert compiled.LEAST_SQUARE == reference_anderson.LEAST_SQUARE
-    assert compiled.RUNNING == RUNNING
+    assert all(getattr(steps, name) == getattr(record, name) for name in names)
+    assert steps.WEIGHT_LIMIT == reference_anderson.WEIGHT_LIMIT
+    assert steps.LEAST_SQUARE == reference_anderson.LEAST_SQUARE
+    assert steps.RUNNING == RUNNING
     for status in (Status.CONVERGED, Status.DIVERGED, Status.NONFINITE):
-        assert getattr(compiled, status.name) == status
+        assert getattr(steps, status.name) == status
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_small_systems(size):
     matrix[0, 0] = 0 if size > 1 else 3  # needs a pivot
     wanted = np.linalg.solve(matrix[:size, :size], right[0, :size])
     answer = right[0].copy()
-    compiled._solve(matrix.copy(), answer, size)
+    steps._solve(matrix.copy(), answer, size)
     np.testing.assert_allclose(answer[:size], wanted, rtol=1e-9)
     assert answer[size] == right[0, size]
 
@@ -265,7 +265,7 @@ def test_weights_are_of_use_where_the_references_are(relative_ridge):
     assert useful.any()
     matrix, scale, weights = np.empty((3, 3)), np.empty(3), np.empty(3)
     for b in range(60):
-        used = compiled._mixing_weights(gram[b], np.arange(3), 1e-3, relative_ridge, matrix, scale, weights)
+        used = steps._mixing_weights(gram[b], np.arange(3), 1e-3, relative_ridge, matrix, scale, weights)
         assert used == useful[b]
         if used:
             np.testing.assert_allclose(weights, expected[b], rtol=1e-7)
@@ -275,14 +275,14 @@ def test_huge_weights_are_of_no_use():
     residuals = np.array([[1, 0], [1.00001, 1e-6]])  # almost along one line
     gram = residuals @ residuals.T
     matrix, scale, weights = np.empty((2, 2)), np.empty(2), np.empty(2)
-    assert not compiled._mixing_weights(gram, np.arange(2), 0.0, True, matrix, scale, weights)
+    assert not steps._mixing_weights(gram, np.arange(2), 0.0, True, matrix, scale, weights)
     assert np.isfinite(weights).all()
-    assert compiled._mixing_weights(gram, np.arange(2), 1e-6, True, matrix, scale, weights)
+    assert steps._mixing_weights(gram, np.arange(2), 1e-6, True, matrix, scale, weights)
 
 
 def test_a_singular_system_is_not_finite():
     answer = np.ones(3)
-    compiled._solve(np.ones((3, 3)), answer, 3)
+    steps._solve(np.ones((3, 3)), answer, 3)
     assert not np.isfinite(answer).all()
 
 
@@ -473,12 +473,12 @@ def test_without_numba(monkeypatch):
 
 
 def test_without_a_folder_to_keep_compiled_functions_in(monkeypatch):
-    njit = compiled.numba.njit
+    njit = calls.numba.njit
 
     def refusing(cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return njit(**options)
 
-    monkeypatch.setattr(compiled.numba, "njit", refusing)
-    assert compiled.compiled(lambda a: a + 1)(1) == 2
+    monkeypatch.setattr(calls.numba, "njit", refusing)
+    assert calls.compiled(lambda a: a + 1)(1) == 2

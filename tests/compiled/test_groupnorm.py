@@ -1,0 +1,253 @@
+"""GroupNorm compiled by Numba: against its formula in float64, on any threads, and when it serves."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from triton_deq import backend as backends
+from triton_deq.ops import groupnorm as op
+from triton_deq.reference import groupnorm as reference
+
+pytest.importorskip("numba")
+from triton_deq.compiled import groupnorm as compiled
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_cannot(monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def cut(monkeypatch):
+    """Small chunks, each worth a thread."""
+    monkeypatch.setattr(compiled, "CHUNK", 32)
+    monkeypatch.setattr(compiled, "ROWS", 5)
+    monkeypatch.setattr(compiled, "GRAIN", 1)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the compiled code was called for a map."""
+    seen = []
+
+    def noted(*given):
+        seen.append(given)
+        return fwd(*given)
+
+    fwd = compiled.groupnorm_fwd
+    monkeypatch.setattr(compiled, "groupnorm_fwd", noted)
+    return seen
+
+
+def maps(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def given(
+    batch=3, channels=6, height=5, width=7, groups=2, relu=True, leave=(), dtype=torch.float32, out=None
+):
+    """What `groupnorm` takes, without the operands that are to be left out."""
+    torch.manual_seed(channels)
+    vectors = {name: torch.randn(channels, dtype=dtype) for name in ("gain", "offset")}
+    mask = torch.rand(batch, channels, dtype=dtype)
+    shape = batch, channels, height, width
+    others = {name: maps(*shape, dtype=dtype) for name in ("shift", "residual")}
+    operands = {**vectors, "mask": mask, **others}
+    kept = {name: None if name in leave else operand for name, operand in operands.items()}
+    return op.Map(maps(*shape, dtype=dtype), groups, **kept, relu=relu, out=out)
+
+
+def evaluated(each, backend="auto"):
+    with torch.no_grad():
+        value, held = op.groupnorm_each([each], backend)[0]
+    return value, held.mean, held.inverse
+
+
+def formula(each):
+    """By ordinary operators, in float64."""
+    wide = (tensor.double() if isinstance(tensor, torch.Tensor) else tensor for tensor in each[:9])
+    with torch.no_grad():
+        return reference.groupnorm(*wide)
+
+
+def hold(each, found=None):
+    """Value, μ and 1/σ to those of the formula."""
+    tolerance = TOLERANCE[each.x.dtype]
+    for ours, wanted in zip(evaluated(each) if found is None else found, formula(each), strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+PARTS = ("gain", "offset"), ("mask",), ("shift",), ("residual",)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("relu", [False, True])
+def test_any_of_the_operands(relu, dtype, calls):
+    for count in range(len(PARTS) + 1):
+        for parts in itertools.combinations(PARTS, count):
+            hold(given(leave=sum(parts, ()), relu=relu, dtype=dtype))
+    assert len(calls) == 2 ** len(PARTS)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"batch": 1, "channels": 1, "groups": 1},
+        {"channels": 8, "groups": 8},
+        {"channels": 40, "groups": 4},  # more than a chunk's entries
+        {"height": 1, "width": 1, "groups": 1},
+        {"batch": 2, "channels": 2, "height": 31, "width": 3, "groups": 1},
+    ],
+    ids=str,
+)
+def test_shapes(shape, threads, calls):
+    torch.set_num_threads(threads)
+    hold(given(**shape))
+    assert len(calls) == 1
+
+
+def test_chunks_as_they_come(monkeypatch):
+    for name, value in (("CHUNK", 1 << 12), ("ROWS", 16), ("GRAIN", 1 << 14)):
+        monkeypatch.setattr(compiled, name, value)
+    hold(given(channels=32, height=40, width=30, groups=8))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    found = []
+    for threads in range(1, 6):
+        torch.set_num_threads(threads)
+        found.append(evaluated(given(channels=12)))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("leave", [("mask", "shift", "residual"), ()], ids=["norm", "all"])
+def test_the_value_in_the_place_of_x(leave):
+    each = given(leave=leave)
+    wanted, x = formula(each), each.x.clone(memory_format=torch.channels_last)
+    value, mean, inverse = evaluated(each._replace(x=x, out=x))
+    assert value is x
+    hold(each, (value, mean, inverse))
+    torch.testing.assert_close(x.double(), wanted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_views_of_a_packed_state(calls):
+    """All maps with other entries between their samples."""
+    batch, channels, height, width = 3, 6, 4, 5
+    size = channels * height * width
+    rows = torch.randn(4, batch, 3 * size)
+    views = [
+        row[:, size : 2 * size].unflatten(1, (height, width, channels)).permute(0, 3, 1, 2) for row in rows
+    ]
+    before = rows.clone()
+    each = given(batch, channels, height, width)._replace(
+        x=views[0], shift=views[1], residual=views[2], out=views[3]
+    )
+    wanted = formula(each)
+    value, mean, inverse = evaluated(each)
+    assert value is each.out
+    assert len(calls) == 1
+    torch.testing.assert_close(value.double(), wanted[0], rtol=1e-5, atol=1e-5)
+    hold(each, (value, mean, inverse))
+    before[3, :, size : 2 * size] = rows[3, :, size : 2 * size]
+    assert torch.equal(rows, before)
+
+
+def test_places_and_operands_of_other_dtypes_and_layouts(calls):
+    each = given()
+    other = each._replace(
+        gain=each.gain.double(),
+        mask=each.mask.double().t().contiguous().t(),
+        shift=each.shift.contiguous(),
+        residual=each.residual.double().contiguous(),
+    )
+    places = torch.empty(each.x.shape, dtype=torch.float64), torch.empty(each.x.shape)
+    for place in places:  # neither is one that it can write to itself
+        value, mean, inverse = evaluated(other._replace(out=place))
+        assert value is place
+        hold(each, (value, mean, inverse))
+    assert len(calls) == len(places)
+
+
+def test_a_mean_far_from_zero():
+    """Squares about the mean, not the mean of squares, which would have no digit left."""
+    each = given(leave=("mask", "shift", "residual"), relu=False)
+    each = each._replace(x=each.x + 3000)
+    value, *_ = evaluated(each)
+    ulps = 4 * 3000 * torch.finfo(torch.float32).eps  # of μ, which is kept in float32
+    torch.testing.assert_close(value.double(), formula(each)[0], rtol=0, atol=ulps)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_group(bad):
+    each = given(relu=True, leave=("residual",))
+    each.x[1, 0, 0, 0] = bad
+    value, *_ = evaluated(each)
+    assert value[1, :3].isnan().all()
+    value[1, :3] = 0
+    wanted = formula(each)[0]
+    wanted[1, :3] = 0
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+    each = given(relu=True)
+    each.residual[0, 0, 0, 0] = torch.nan
+    assert evaluated(each)[0].isnan().sum() == 1
+
+
+def test_a_map_that_is_constant():
+    each = given(leave=("mask", "shift", "residual"), relu=False)
+    value, mean, inverse = evaluated(each._replace(x=torch.full_like(each.x, 2.5)))
+    torch.testing.assert_close(value, each.offset[:, None, None].expand_as(value))
+    torch.testing.assert_close(mean, torch.full_like(mean, 2.5))
+    torch.testing.assert_close(inverse, torch.full_like(inverse, each.epsilon**-0.5))
+
+
+class Dressed(torch.Tensor):
+    """A subclass, of whose memory nobody knows."""
+
+
+@pytest.mark.parametrize(
+    "case", ["reference", "contiguous", "half", "subclass", "negated", "gradients", "empty"]
+)
+def test_operators_serve_where_compiled_code_cannot(case, calls):
+    each = given()
+    changed = {
+        "contiguous": {"x": each.x.contiguous()},
+        "half": {"x": each.x.half()},
+        "subclass": {"residual": each.residual.as_subclass(Dressed)},
+        "negated": {"shift": torch._neg_view(each.shift)},
+        "empty": {"x": each.x[:0], "mask": each.mask[:0], "shift": each.shift[:0], "residual": None},
+    }
+    each = each._replace(**changed.get(case, {}))
+    if case == "gradients":
+        op.groupnorm_each([each._replace(x=nn.Parameter(each.x))])
+    else:
+        value, *_ = evaluated(each, "reference" if case == "reference" else "auto")
+        tolerance = 1e-2 if case == "half" else 1e-5
+        torch.testing.assert_close(value.double(), formula(each)[0], rtol=tolerance, atol=tolerance)
+    assert not calls
+
+
+def test_a_solves_backend_reaches_it(calls):
+    with backends.ambient("reference"):
+        evaluated(given())
+        assert not op.overwrites(given().x)
+    assert not calls
+    with backends.ambient("numba"):
+        evaluated(given())
+        assert op.overwrites(given().x)
+    assert len(calls) == 1
+
+
+def test_who_watches_operators_sees_them(calls):
+    with FlopCounterMode(display=False):
+        evaluated(given())
+    assert not calls

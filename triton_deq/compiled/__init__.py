@@ -1,0 +1,1 @@
+"""What PyTorch has no fast operators for on a CPU, compiled by Numba: the reference's formulas as loops."""

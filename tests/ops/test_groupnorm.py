@@ -53,6 +53,20 @@ def test_kernels_match_the_reference(shape, layout, dtype, device):
 
 
 @kernels
+def test_kernels_take_the_place_of_a_map_that_is_spare(device):
+    x = maps(2, 4, 3, 3, device=device, dtype=torch.float32)
+    wanted = evaluated(x, 2, backend="reference")[0]
+    places = {
+        "dense": x.clone(memory_format=torch.channels_last),
+        "channels": torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, :4],
+    }
+    for kind, place in places.items():
+        value = op.groupnorm_each([op.Map(place, 2, spare=True)], "triton")[0][0]
+        torch.testing.assert_close(value, wanted)
+        assert (value.data_ptr() == place.data_ptr()) == (kind == "dense")
+
+
+@kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_groups_larger_than_a_tile(dtype, monkeypatch, device):
     monkeypatch.setattr(op, "TILE", 32)

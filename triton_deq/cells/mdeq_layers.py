@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops.fusion import Sum, fusion_each
-from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each, overwrites
+from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
 from ..ops.launch import kernels_serve, transformed
 from ..reference.groupnorm import Normalised
 from .prepacked import Prepacked
@@ -183,25 +183,15 @@ def forwards(
         unit = steps[place].unit
         if unit is not None:
             maps[place] = unit.product(maps[place], u)
+    spare = kept is None and not tracked()  # what was made on the way nobody reads again
     given = [
-        Map(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, **around)
+        Map(x, norm.num_groups, norm.weight, norm.bias, epsilon=norm.eps, spare=spare, **around)
         for x, (_, norm, around) in zip(maps, steps, strict=True)
     ]
-    if kept is None and not tracked() and overwrites(maps[0]):
-        given = [in_place(each) for each in given]
     found = groupnorm_each(given, statistics=kept is not None)
     if kept is not None:
         kept.norms.update((step.norm, held) for step, (_, held) in zip(steps, found, strict=True))
     return [value for value, _ in found]
-
-
-def in_place(given: Map) -> Map:
-    """With the value in the place of x, which was made on the way and which nobody reads again.
-
-    Not where x is some channels of a map: the next convolution wants them dense.
-    """
-    spare = given.out is None and given.x.is_contiguous(memory_format=torch.channels_last)
-    return given._replace(out=given.x) if spare else given
 
 
 def backwards(

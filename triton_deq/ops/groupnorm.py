@@ -39,7 +39,7 @@ SECOND_TILE = 2048
 
 
 class Map(NamedTuple):
-    """What `groupnorm` takes of one map."""
+    """What `groupnorm` takes of one map, and whether its value may take the place of x, being spare."""
 
     x: Tensor
     groups: int
@@ -51,11 +51,21 @@ class Map(NamedTuple):
     relu: bool = False
     epsilon: float = 1e-5
     out: Tensor | None = None
+    spare: bool = False
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """All that a gradient may be asked for in."""
         return self.x, self.gain, self.offset, self.mask, self.shift, self.residual
+
+    def place(self, casts: bool) -> Tensor:
+        """Where the value is written: `out` or x if that can be. casts: to whatever dtype `out` has."""
+        x, out = self.x, self.out
+        if out is not None and (casts or out.dtype == x.dtype) and laid(out) is out:
+            return out
+        # Some channels of a map stay what they are: the next convolution wants its map dense.
+        spare = self.spare and out is None and x.is_contiguous(memory_format=torch.channels_last)
+        return x if spare else fresh(x)
 
 
 def groupnorm(
@@ -129,31 +139,22 @@ def _evaluated(given: Map, backend: str, statistics: bool) -> tuple[Tensor, Any,
         value, mean, inverse = reference.groupnorm(*given[:9])
         return (value if given.out is None else given.out.copy_(value)), mean, inverse
     if _differentiated(given.inputs):
-        return GroupNormFunction.apply(*given.inputs, given.groups, given.relu, given.epsilon, served)
+        return GroupNormFunction.apply(
+            *given.inputs, given.groups, given.relu, given.epsilon, served, backend
+        )
     return groupnorm_fwd([given], statistics)[0] if served else _on_host(given, backend)
 
 
 def _on_host(given: Map, backend: str) -> tuple[Tensor, Any, Any]:
     """By PyTorch's operators or, of a channels-last map, by what Numba has compiled."""
-    x, groups, gain, offset, mask, shift, residual, relu, epsilon, out = given
-    if not _compiles(given, backend):
-        return reference.groupnorm_fwd(*given)
+    x, groups, gain, offset, mask, shift, residual, relu, epsilon, out, _ = given
+    if laid(x) is not x or not compiled_serves(backend, x, *given.inputs[1:], out):
+        return reference.groupnorm_fwd(*given[:10])
     vectors = (None if each is None else each.to(x.dtype).contiguous() for each in (gain, offset, mask))
     maps = (None if each is None else laid(each.to(x.dtype)) for each in (shift, residual))
-    direct = out is not None and out.dtype == x.dtype and laid(out) is out
-    value = out if out is not None and direct else fresh(x)
-    found = _compiled().groupnorm_fwd(x, groups, *vectors, *maps, relu, epsilon, value)
-    return found if out is None or direct else (out.copy_(value), *found[1:])
-
-
-def _compiles(given: Map, backend: str) -> bool:
-    others = (*given.inputs[1:], given.out)
-    return compiled_serves(backend, given.x, *others) and laid(given.x) is given.x
-
-
-def overwrites(x: Tensor) -> bool:
-    """Whether a value without a graph goes into the place of x in no more passes than into its own."""
-    return kernels_serve(x, "auto", autocast=True) or _compiles(Map(x, 1), "auto")
+    place = given.place(casts=False)
+    value, mean, inverse = _compiled().groupnorm_fwd(x, groups, *vectors, *maps, relu, epsilon, place)
+    return value if out is None or value is out else out.copy_(value), mean, inverse
 
 
 def groupnorm_vjp(vector: Tensor, held: Normalised, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -271,10 +272,10 @@ def groupnorm_vjp_fwd(
 
 
 def _forward(given: Map, statistics: bool) -> Part:
-    x, groups, gain, offset, mask, shift, residual, relu, epsilon, out = given
+    x, groups, gain, offset, mask, shift, residual, relu, epsilon, _, _ = given
     (x, apart), residual = channels_of(x), None if residual is None else laid(residual)
     shift = None if shift is None else laid(shift)
-    value = out if out is not None and laid(out) is out else fresh(x)
+    value = given.place(casts=True)
     mean = inverse = None
     if statistics:
         wide = accumulate_dtype(x.dtype)
@@ -387,9 +388,10 @@ class GroupNormFunction(torch.autograd.Function):
         relu: bool,
         epsilon: float,
         served: bool,
+        backend: str,
     ):
         given = Map(x, groups, gain, offset, mask, shift, residual, relu, epsilon)
-        value, mean, inverse = groupnorm_fwd([given])[0] if served else reference.groupnorm_fwd(*given)
+        value, mean, inverse = groupnorm_fwd([given])[0] if served else _on_host(given, backend)
         ctx.save_for_backward(x, gain, mask, shift, mean, inverse, value if relu else None, offset)
         ctx.served, ctx.epsilon = served, epsilon
         ctx.mark_non_differentiable(mean, inverse)
@@ -411,7 +413,7 @@ class GroupNormFunction(torch.autograd.Function):
             None,
             found.shift if of_shift else None,
             found.other if of_residual else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -529,7 +531,7 @@ def _tiles(shape: torch.Size, dtype: torch.dtype, groups: int, most: int) -> Til
 
 
 def _check(given: Map) -> None:
-    x, groups, gain, offset, mask, shift, residual, _, epsilon, _ = given
+    x, groups, gain, offset, mask, shift, residual, _, epsilon, _, _ = given
     check_number("epsilon", epsilon, 0, open_low=True)
     check_count("groups", groups)
     if not x.is_floating_point():

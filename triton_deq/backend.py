@@ -96,28 +96,24 @@ def choose_step(z0: Tensor, requested: str = "auto") -> str:
                 f"backend='numba' cannot serve here: {obstacle}. Use backend='auto' or 'reference'"
             )
         return "numba"
-    return "numba" if _compiled_serves(z0, requested) and _numba_pays(z0) else name
+    serves = name == "reference" and _resolved(requested) != "reference" and not _numba_obstacle(z0)
+    return "numba" if serves and _numba_pays(z0) else name
 
 
 def compiled_serves(requested: str, tensor: Tensor, *others: Tensor | None) -> bool:
-    """Whether what Numba has compiled in place of some operators can read these tensors, and should.
+    """Whether, where no kernel serves, what Numba has compiled in place of some operators can, and should.
 
     While a dispatch mode is entered, which is there to see PyTorch's operators, those run.
     """
-    if is_in_torch_dispatch_mode() or not _compiled_serves(tensor, requested):
+    if _resolved(requested) == "reference" or is_in_torch_dispatch_mode() or _numba_obstacle(tensor):
         return False
-    there = [other for other in others if other is not None]
-    return all(lies_at_its_address(each) and each.device == tensor.device for each in (tensor, *there))
+    there = [tensor, *(other for other in others if other is not None)]
+    return all(lies_at_its_address(each) and each.device.type == "cpu" for each in there)
 
 
 def lies_at_its_address(tensor: Tensor) -> bool:
     """Whether a tensor's entries stand in memory from `data_ptr()` on: not so of a wrapper."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
-
-
-def _compiled_serves(tensor: Tensor, requested: str) -> bool:
-    name, _ = choose(tensor, requested)
-    return name == "reference" and _resolved(requested) != "reference" and not _numba_obstacle(tensor)
 
 
 def _resolved(requested: str) -> str:

@@ -68,9 +68,20 @@ def groupnorm_fwd(
     chunks = x.new_empty((batch, -(-pixels // rows), 2, groups), dtype=torch.float64)
     mean, inverse = x.new_empty(batch, groups), x.new_empty(batch, groups)
     call = GroupNormCall(
-        chunks=chunks.data_ptr(),
+        x=x.data_ptr(),
+        mask=_address(mask),
+        shift=_address(shift),
+        gain=_address(gain),
+        offset=_address(offset),
+        residual=_address(residual),
+        out=out.data_ptr(),
         mean=mean.data_ptr(),
         inverse=inverse.data_ptr(),
+        chunks=chunks.data_ptr(),
+        x_stride=_stride(x),
+        shift_stride=_stride(shift),
+        residual_stride=_stride(residual),
+        out_stride=_stride(out),
         batch=batch,
         pixels=pixels,
         channels=channels,
@@ -79,17 +90,18 @@ def groupnorm_fwd(
         relu=relu,
         epsilon=epsilon,
     )
-    for name, values in {"mask": mask, "gain": gain, "offset": offset}.items():
-        if values is not None:
-            setattr(call, name, values.data_ptr())
-    for name, values in {"x": x, "shift": shift, "residual": residual, "out": out}.items():
-        if values is not None:
-            setattr(call, name, values.data_ptr())
-            setattr(call, f"{name}_stride", values.stride(0) * values.element_size())
     threads = max(min(openmp.threads_for(chunks.shape[0] * chunks.shape[1]), x.numel() // GRAIN), 1)
     for call.phase in (MEASURED, NORMALISED):
         call.run_on(x.dtype, threads)
     return out, mean, inverse
+
+
+def _address(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
+
+
+def _stride(values: Tensor | None) -> int:
+    return 0 if values is None else values.stride(0)
 
 
 @compiled
@@ -143,9 +155,9 @@ def _groupnorm(call, dtype):
 
 @compiled
 def _chunk(address, stride, b, start, like):
-    """What sample b has from this pixel on, of like's size; stride is in bytes."""
-    channels = like.shape[1]
-    return array(address + b * stride + start * channels * like.itemsize, like.shape, like.dtype)
+    """What sample b has from this pixel on, of like's size; samples lie so many entries apart."""
+    first = b * stride + start * like.shape[1]
+    return array(address + first * like.itemsize, like.shape, like.dtype)
 
 
 @compiled

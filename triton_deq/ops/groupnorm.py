@@ -119,12 +119,13 @@ def groupnorm_each(
     """
     for given in maps:
         _check(given)
-    if _together([given.x for given in maps], backend) and not any(
-        _differentiated(each.inputs) for each in maps
-    ):
+    together = _together([given.x for given in maps], backend)
+    if together and not any(_differentiated(each.inputs) for each in maps):
         found = groupnorm_fwd(maps, statistics)
+    elif len(maps) == 1:  # of which that is known already
+        found = [_evaluated(maps[0], backend, statistics, together)]
     else:
-        found = [_evaluated(given, backend, statistics) for given in maps]
+        found = [_evaluated(given, backend, statistics, _together([given.x], backend)) for given in maps]
     return [
         (value, Normalised(*held, mean, inverse, value if given.relu else None, given.residual is not None))
         for given, (value, mean, inverse) in zip(maps, found, strict=True)
@@ -132,9 +133,8 @@ def groupnorm_each(
     ]
 
 
-def _evaluated(given: Map, backend: str, statistics: bool) -> tuple[Tensor, Any, Any]:
-    """Value, μ and 1/σ of one map."""
-    served = kernels_serve(given.x, backend, autocast=True)
+def _evaluated(given: Map, backend: str, statistics: bool, served: bool) -> tuple[Tensor, Any, Any]:
+    """Value, μ and 1/σ of one map, which the kernels can serve or not."""
     if not served and (transformed() or given.x.numel() == 0):
         value, mean, inverse = reference.groupnorm(*given[:9])
         return (value if given.out is None else given.out.copy_(value)), mean, inverse

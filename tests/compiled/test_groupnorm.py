@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from triton_deq import backend as backends
+from triton_deq import openmp
 from triton_deq.ops import groupnorm as op
 from triton_deq.reference import groupnorm as reference
 
@@ -130,6 +131,22 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(map(torch.equal, other, found[0]))
 
 
+@pytest.mark.skipif(openmp.LIBRARY is None, reason="PyTorch has no OpenMP that is known")
+def test_a_map_is_shared_by_as_many_threads_as_it_is_worth(monkeypatch):
+    seen = []
+    run_on = compiled.GroupNormCall.run_on
+    monkeypatch.setattr(
+        compiled.GroupNormCall, "run_on", lambda call, *given: (seen.append(given[1]), run_on(call, *given))
+    )
+    torch.set_num_threads(3)
+    evaluated(given())
+    monkeypatch.setattr(compiled, "GRAIN", given().x.numel() // 2)
+    evaluated(given())
+    monkeypatch.setattr(compiled, "GRAIN", given().x.numel() + 1)
+    evaluated(given())
+    assert seen == [3, 3, 2, 2, 1, 1]
+
+
 @pytest.mark.parametrize("leave", [("mask", "shift", "residual"), ()], ids=["norm", "all"])
 def test_the_value_in_the_place_of_x(leave):
     each = given(leave=leave)
@@ -153,24 +170,22 @@ def test_a_map_that_is_spare():
 
 
 def test_views_of_a_packed_state(calls):
-    """All maps with other entries between their samples."""
+    """Maps with other entries between their samples, beside a dense one."""
     batch, channels, height, width = 3, 6, 4, 5
     size = channels * height * width
-    rows = torch.randn(4, batch, 3 * size)
+    rows = torch.randn(3, batch, 3 * size)
     views = [
         row[:, size : 2 * size].unflatten(1, (height, width, channels)).permute(0, 3, 1, 2) for row in rows
     ]
     before = rows.clone()
-    each = given(batch, channels, height, width)._replace(
-        x=views[0], shift=views[1], residual=views[2], out=views[3]
-    )
+    each = given(batch, channels, height, width)._replace(x=views[0], residual=views[1], out=views[2])
     wanted = formula(each)
     value, mean, inverse = evaluated(each)
     assert value is each.out
     assert len(calls) == 1
     torch.testing.assert_close(value.double(), wanted[0], rtol=1e-5, atol=1e-5)
     hold(each, (value, mean, inverse))
-    before[3, :, size : 2 * size] = rows[3, :, size : 2 * size]
+    before[2, :, size : 2 * size] = rows[2, :, size : 2 * size]
     assert torch.equal(rows, before)
 
 

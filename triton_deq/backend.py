@@ -105,7 +105,8 @@ def compiled_serves(requested: str, tensor: Tensor, *others: Tensor | None) -> b
 
     While a dispatch mode is entered, which is there to see PyTorch's operators, those run.
     """
-    if _resolved(requested) == "reference" or is_in_torch_dispatch_mode() or _numba_obstacle(tensor):
+    asked = _resolved(requested) != "reference" and not is_in_torch_dispatch_mode()
+    if not asked or _numba_obstacle(tensor, (*_NUMBA, torch.bfloat16)):
         return False
     there = [tensor, *(other for other in others if other is not None)]
     return all(lies_at_its_address(each) and each.device.type == "cpu" for each in there)
@@ -125,13 +126,16 @@ def _resolved(requested: str) -> str:
     return requested
 
 
-def _numba_obstacle(tensor: Tensor) -> str:
-    """What keeps Numba's code from serving this tensor; empty if nothing does."""
+_NUMBA = torch.float32, torch.float64
+
+
+def _numba_obstacle(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _NUMBA) -> str:
+    """What keeps Numba's code, for these dtypes, from serving this tensor; empty if nothing does."""
     if tensor.device.type != "cpu":
         return f"the state is on {tensor.device.type!r}"
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"the state is a {type(tensor).__name__}, which NumPy cannot see"
-    if tensor.dtype not in (torch.float32, torch.float64):
+    if tensor.dtype not in dtypes:
         return f"the state has dtype {tensor.dtype}, and it knows float32 and float64"
     return _numba_missing()
 

@@ -64,6 +64,16 @@ def test_values_are_pytorchs(size, stride, packed):
     assert packed == [(24, 7, size, size)]
 
 
+@pytest.mark.skipif(torch.bfloat16 not in prepacked._DTYPES, reason="oneDNN has no bfloat16 here")
+def test_bfloat16(packed):
+    x, weight = (maps(*shape).bfloat16() for shape in ((2, 8, 6, 6), (16, 8, 3, 3)))
+    found = Prepacked().conv2d(x, weight, (1, 1), (1, 1))
+    wanted = functional.conv2d(x, weight, padding=1)
+    assert found.dtype == torch.bfloat16
+    assert len(packed) == 1
+    torch.testing.assert_close(found, wanted)
+
+
 def test_each_weight_is_packed_once_and_kept(packed):
     product = Prepacked()
     for _ in range(20):  # without a hold on it, a weight's memory would be the next one's
@@ -98,9 +108,9 @@ class Dressed(torch.Tensor):
     """A subclass, of whose memory nobody knows."""
 
 
-@pytest.mark.parametrize("case", ["double", "bfloat16", "subclass", "switched off", "watched", "empty"])
+@pytest.mark.parametrize("case", ["double", "half", "subclass", "switched off", "watched", "empty"])
 def test_pytorchs_operator_serves_otherwise(case, packed):
-    dtype = {"double": torch.float64, "bfloat16": torch.bfloat16}.get(case, torch.float32)
+    dtype = {"double": torch.float64, "half": torch.float16}.get(case, torch.float32)
     x, weight = maps(0 if case == "empty" else 2, 8, 6, 6, dtype=dtype), maps(16, 8, 3, 3, dtype=dtype)
     if case == "subclass":
         x = x.as_subclass(Dressed)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,52 @@ def test_any_of_the_operands(relu, dtype, calls):
         for parts in itertools.combinations(PARTS, count):
             hold(given(leave=sum(parts, ()), relu=relu, dtype=dtype))
     assert len(calls) == 2 ** len(PARTS)
+
+
+@pytest.mark.parametrize("wide", [(), ("shift",), ("residual",), ("shift", "residual")], ids=str)
+def test_bfloat16(wide, calls):
+    """One rounding, of the value; what is added may be wider than the map."""
+    torch.manual_seed(0)
+    each = given(channels=12, relu=False)
+    narrow = {name: getattr(each, name).bfloat16() for name in ("x", "shift", "residual") if name not in wide}
+    each = each._replace(**narrow)
+    for relu in (False, True):
+        here = each._replace(relu=relu)
+        wanted = formula(here)
+        value, mean, inverse = evaluated(here)
+        assert value.dtype == mean.dtype == inverse.dtype == torch.bfloat16
+        rounded = wanted[0].bfloat16()
+        assert (value == rounded).double().mean() > 0.995  # but for those that lie between two
+        torch.testing.assert_close(value.double(), wanted[0], rtol=2**-8, atol=1e-5)
+        for found, formulas in zip((mean, inverse), wanted[1:], strict=True):
+            torch.testing.assert_close(found.double(), formulas, rtol=2**-8, atol=1e-5)
+        spare = here.x.clone(memory_format=torch.channels_last)
+        again, *_ = evaluated(here._replace(x=spare, spare=True))
+        assert again.data_ptr() == spare.data_ptr()
+        assert torch.equal(again, value)
+        place = torch.empty_like(spare, dtype=torch.float32)
+        assert evaluated(here._replace(out=place))[0] is place
+        assert torch.equal(place, value.float())
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_rounding_to_bfloat16_is_pytorchs(relu):
+    bits = np.random.default_rng(0).integers(0, 1 << 32, size=(64, 256), dtype=np.uint32)
+    halfway = (bits & 0xFFFF0000) | 0x8000
+    special = [0x7F800000, 0xFF800000, 0x7FC00000, 0xFF800001, 0x7F7FFFFF, 0x80000000, 1, 0x80000001]
+    bits = np.vstack([bits, halfway, np.resize(np.array(special, np.uint32), (1, 256))])
+    wide, narrow = torch.from_numpy(bits.view(np.float32)), np.empty(bits.shape, np.uint16)
+    compiled._clip_narrow(bits, relu, narrow)
+    found = torch.from_numpy(narrow.view(np.int16)).view(torch.bfloat16)
+    wanted = (wide.relu() if relu else wide).bfloat16()
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found.nan_to_num(nan=1.0), wanted.nan_to_num(nan=1.0))
+    again = np.empty(bits.shape, np.uint32)
+    compiled._widen(narrow, again)
+    assert torch.equal(
+        torch.from_numpy(again.view(np.float32)).nan_to_num(nan=1.0), found.float().nan_to_num(nan=1.0)
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import openmp
+from ..reference.record import accumulate_dtype
 from .calls import Call, array, compiled, fields, share, vectorised
 
 CHUNK = 1 << 12
@@ -36,12 +37,12 @@ def groupnorm_float64(call):
 
 
 class GroupNormCall(Call):
-    """Addresses, 0 for what there is none of; how far apart samples lie; sizes."""
+    """Addresses, 0 for what there is none of; how far apart samples lie; which maps are bfloat16; sizes."""
 
     functions = groupnorm_float32, groupnorm_float64
     _fields_ = fields(
         "x mask shift gain offset residual out mean inverse chunks x_stride shift_stride residual_stride "
-        "out_stride batch pixels channels groups rows phase relu",
+        "out_stride x_narrow shift_narrow residual_narrow batch pixels channels groups rows phase relu",
         "epsilon",
     )
 
@@ -58,15 +59,17 @@ def groupnorm_fwd(
     epsilon: float,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's, of float32 or float64: the value, into `out`, μ and 1/σ.
+    """As the reference's: the value, into `out`, μ and 1/σ.
 
-    All are of x's dtype, maps channels-last with dense samples. out: may be x.
+    All are of the dtype that x's sums are taken in, float32 or float64; maps may be bfloat16 in place of
+    float32, and are channels-last with dense samples. out: of x's dtype; may be x.
     """
+    dtype = accumulate_dtype(x.dtype)
     batch, channels, height, width = x.shape
     pixels = height * width
     rows = max(CHUNK // channels, ROWS)
     chunks = x.new_empty((batch, -(-pixels // rows), 2, groups), dtype=torch.float64)
-    mean, inverse = x.new_empty(batch, groups), x.new_empty(batch, groups)
+    mean, inverse = x.new_empty(batch, groups, dtype=dtype), x.new_empty(batch, groups, dtype=dtype)
     call = GroupNormCall(
         x=x.data_ptr(),
         mask=_address(mask),
@@ -82,6 +85,9 @@ def groupnorm_fwd(
         shift_stride=_stride(shift),
         residual_stride=_stride(residual),
         out_stride=_stride(out),
+        x_narrow=_narrow(x),
+        shift_narrow=_narrow(shift),
+        residual_narrow=_narrow(residual),
         batch=batch,
         pixels=pixels,
         channels=channels,
@@ -92,7 +98,7 @@ def groupnorm_fwd(
     )
     threads = max(min(openmp.threads_for(chunks.shape[0] * chunks.shape[1]), x.numel() // GRAIN), 1)
     for call.phase in (MEASURED, NORMALISED):
-        call.run_on(x.dtype, threads)
+        call.run_on(dtype, threads)
     return out, mean, inverse
 
 
@@ -104,6 +110,10 @@ def _stride(values: Tensor | None) -> int:
     return 0 if values is None else values.stride(0)
 
 
+def _narrow(values: Tensor | None) -> bool:
+    return values is not None and values.dtype == torch.bfloat16
+
+
 @compiled
 def _groupnorm(call, dtype):
     pixels, channels, groups, rows = call.pixels, call.channels, call.groups, call.rows
@@ -112,6 +122,7 @@ def _groupnorm(call, dtype):
     means = array(call.mean, (call.batch, groups), dtype)
     inverses = array(call.inverse, (call.batch, groups), dtype)
     summed, normal = np.empty((rows, channels), dtype), np.empty((rows, channels), dtype)
+    loaded, wide = np.empty((rows, channels), dtype), np.empty((rows, channels), dtype)
     centres, factors = np.empty(channels, dtype), np.empty(channels, dtype)
     ones, offset = np.ones(channels, dtype), np.zeros(channels, dtype)
     gain = array(call.gain, channels, dtype) if call.gain else ones
@@ -124,11 +135,11 @@ def _groupnorm(call, dtype):
         b, part = piece // count, piece % count
         start = part * rows
         height = min(rows, pixels - start)
-        s = _chunk(call.x, call.x_stride, b, start, summed[:height])
+        s = _chunk(call.x, call.x_stride, call.x_narrow, b, start, wide[:height])
         if call.mask or call.shift:
             mask = array(call.mask, (call.batch, channels), dtype)[b] if call.mask else ones
             if call.shift:
-                shift = _chunk(call.shift, call.shift_stride, b, start, s)
+                shift = _chunk(call.shift, call.shift_stride, call.shift_narrow, b, start, loaded[:height])
                 _mask_and_shift(s, mask, shift, summed[:height])
             else:
                 _mask(s, mask, summed[:height])
@@ -145,19 +156,32 @@ def _groupnorm(call, dtype):
             factors *= gain
         # Loops that write to what they read are not vectorised, and the value's place may be x.
         _normalise(s, centres, factors, offset, normal[:height])
-        out = _chunk(call.out, call.out_stride, b, start, s)
+        value = normal[:height]
         if call.residual:
-            residual = _chunk(call.residual, call.residual_stride, b, start, s)
-            _finish_with(normal[:height], residual, least, out)
+            value = wide[:height]  # s is not read again
+            _add(
+                normal[:height],
+                _chunk(call.residual, call.residual_stride, call.residual_narrow, b, start, loaded[:height]),
+                value,
+            )
+        at = b * call.out_stride + start * channels
+        if call.x_narrow:
+            _clip_narrow(value.view(np.uint32), call.relu, array(call.out + 2 * at, s.shape, np.uint16))
         else:
-            _finish(normal[:height], least, out)
+            _clip(value, least, array(call.out + at * s.itemsize, s.shape, dtype))
 
 
 @compiled
-def _chunk(address, stride, b, start, like):
-    """What sample b has from this pixel on, of like's size; samples lie so many entries apart."""
-    first = b * stride + start * like.shape[1]
-    return array(address + first * like.itemsize, like.shape, like.dtype)
+def _chunk(address, stride, narrow, b, start, place):
+    """What sample b has from this pixel on, as much as the place: there if it was bfloat16, else as it lies.
+
+    stride: how many entries samples lie apart.
+    """
+    first = b * stride + start * place.shape[1]
+    if narrow:
+        _widen(array(address + 2 * first, place.shape, np.uint16), place.view(np.uint32))
+        return place
+    return array(address + first * place.itemsize, place.shape, place.dtype)
 
 
 @compiled
@@ -252,18 +276,43 @@ def _normalise(s, centres, factors, offset, out):
 
 
 @vectorised
-def _finish(normal, least, out):
-    """`out = max(normal, least)`, where NaN stays."""
+def _add(normal, residual, out):
+    """`out = normal + r`"""
     for p in range(len(out)):
         for c in range(out.shape[1]):
-            value = normal[p, c]
-            out[p, c] = least if value < least else value
+            out[p, c] = normal[p, c] + residual[p, c]
 
 
 @vectorised
-def _finish_with(normal, residual, least, out):
-    """`out = max(normal + r, least)`, where NaN stays."""
+def _clip(value, least, out):
+    """`out = max(value, least)`, where NaN stays."""
     for p in range(len(out)):
         for c in range(out.shape[1]):
-            value = normal[p, c] + residual[p, c]
-            out[p, c] = least if value < least else value
+            out[p, c] = least if value[p, c] < least else value[p, c]
+
+
+# float32 and bfloat16 by their bits: those of a bfloat16 are the upper half of a float32's.
+
+
+@vectorised
+def _widen(narrow, wide):
+    for p in range(len(wide)):
+        for c in range(narrow.shape[1]):
+            wide[p, c] = np.uint32(narrow[p, c]) << np.uint32(16)
+
+
+@vectorised
+def _clip_narrow(value, relu, out):
+    """`_clip`, and rounded to the nearest, of two to the even one; NaN stays."""
+    negative = np.uint32(1 << 31 if relu else 0)
+    for p in range(len(out)):
+        for c in range(out.shape[1]):
+            bits = value[p, c]
+            upper = bits >> np.uint32(16)
+            if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+                upper |= np.uint32(0x40)
+            elif bits & negative:
+                upper = np.uint32(0)
+            else:
+                upper = (bits + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
+            out[p, c] = upper

@@ -6,7 +6,7 @@ Inside torch.compile and in the transforms of torch.func the ordinary operators 
 of them. Autocast changes nothing: statistics are wide anyway, and the value has x's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -58,10 +58,10 @@ class Map(NamedTuple):
         """All that a gradient may be asked for in."""
         return self.x, self.gain, self.offset, self.mask, self.shift, self.residual
 
-    def place(self, casts: bool) -> Tensor:
-        """Where the value is written: `out` or x if that can be. casts: to whatever dtype `out` has."""
+    def place(self, dtypes: Collection[torch.dtype] | None = None) -> Tensor:
+        """Where the value is written: `out` or x if that can be. dtypes: in which; None for any."""
         x, out = self.x, self.out
-        if out is not None and (casts or out.dtype == x.dtype) and laid(out) is out:
+        if out is not None and (dtypes is None or out.dtype in dtypes) and laid(out) is out:
             return out
         # Some channels of a map stay what they are: the next convolution wants its map dense.
         spare = self.spare and out is None and x.is_contiguous(memory_format=torch.channels_last)
@@ -150,10 +150,18 @@ def _on_host(given: Map, backend: str) -> tuple[Tensor, Any, Any]:
     x, groups, gain, offset, mask, shift, residual, relu, epsilon, out, _ = given
     if laid(x) is not x or not compiled_serves(backend, x, *given.inputs[1:], out):
         return reference.groupnorm_fwd(*given[:10])
-    vectors = (None if each is None else each.to(x.dtype).contiguous() for each in (gain, offset, mask))
-    maps = (None if each is None else laid(each.to(x.dtype)) for each in (shift, residual))
-    place = given.place(casts=False)
-    value, mean, inverse = _compiled().groupnorm_fwd(x, groups, *vectors, *maps, relu, epsilon, place)
+    wide = accumulate_dtype(x.dtype)
+    readable = {wide, torch.bfloat16} if wide == torch.float32 else {wide}
+    vectors = (None if each is None else each.to(wide).contiguous() for each in (gain, offset, mask))
+    maps = (
+        None if each is None else laid(each if each.dtype in readable else each.to(wide))
+        for each in (shift, residual)
+    )
+    value, mean, inverse = _compiled().groupnorm_fwd(
+        x, groups, *vectors, *maps, relu, epsilon, given.place({x.dtype})
+    )
+    # PyTorch's operators, which the derivatives are taken by, have statistics in the map's dtype.
+    mean, inverse = mean.to(x.dtype), inverse.to(x.dtype)
     return value if out is None or value is out else out.copy_(value), mean, inverse
 
 
@@ -275,7 +283,7 @@ def _forward(given: Map, statistics: bool) -> Part:
     x, groups, gain, offset, mask, shift, residual, relu, epsilon, _, _ = given
     (x, apart), residual = channels_of(x), None if residual is None else laid(residual)
     shift = None if shift is None else laid(shift)
-    value = given.place(casts=True)
+    value = given.place()
     mean = inverse = None
     if statistics:
         wide = accumulate_dtype(x.dtype)

@@ -41,6 +41,8 @@ def graphs(device, monkeypatch):
         # tests/cells has these kernels; here they would only take their time.
         for op in (attention, feedforward, fusion, groupnorm, norm):
             monkeypatch.setattr(op, "kernels_serve", lambda *given, **options: False)
+        # What is captured are operators, which round bfloat16 more often than compiled code.
+        monkeypatch.setattr(groupnorm, "compiled_serves", lambda *given: False)
 
 
 def pair(device, configuration=SMALL, kind=MDEQClassifier):

@@ -126,6 +126,12 @@ def test_bfloat16(wide, calls):
     assert len(calls) == 6
 
 
+def test_what_is_added_to_float64_may_be_narrower(calls):
+    each = given(dtype=torch.float64)
+    hold(each._replace(shift=each.shift.bfloat16(), residual=each.residual.float()))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_rounding_to_bfloat16_is_pytorchs(relu):
     bits = np.random.default_rng(0).integers(0, 1 << 32, size=(64, 256), dtype=np.uint32)

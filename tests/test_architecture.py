@@ -59,7 +59,17 @@ THIRD_PARTY = {
 }
 
 # Modules of kernels/, reference/ and ops/ that serve all ops and are none.
-HELPERS = {"__init__", "primitives", "products", "activations", "record", "rows", "interpreted", "launch"}
+HELPERS = {
+    "__init__",
+    "buffers",
+    "primitives",
+    "products",
+    "activations",
+    "record",
+    "rows",
+    "interpreted",
+    "launch",
+}
 
 
 def modules() -> dict[str, Path]:

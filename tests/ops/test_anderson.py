@@ -9,10 +9,11 @@ import torch
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
 from triton_deq.reference import anderson as reference
-from triton_deq.reference import rows
+from triton_deq.reference import buffers
 from triton_deq.reference.anderson import _host_weights, anderson_weights
+from triton_deq.reference.buffers import LARGE, fresh
 from triton_deq.reference.record import TOLERANCE, Record
-from triton_deq.reference.rows import LARGE, fresh, regular
+from triton_deq.reference.rows import regular
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_anderson
 
@@ -277,11 +278,11 @@ def test_a_large_buffer_serves_again_when_nobody_looks_at_it(monkeypatch):
 
 
 def test_of_what_is_given_up_the_last_is_kept(monkeypatch):
-    monkeypatch.setattr(rows, "KEPT", 5 * LARGE)
-    monkeypatch.setattr(rows, "_given_up", {})
+    monkeypatch.setattr(buffers, "KEPT", 5 * LARGE)
+    monkeypatch.setattr(buffers, "_given_up", {})
 
     def kept():
-        return [memory.size // LARGE for memory in rows._given_up.values()]
+        return [memory.size // LARGE for memory in buffers._given_up.values()]
 
     def place(times):
         return fresh((times * LARGE,), torch.uint8, torch.device("cpu"))

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .buffers import fresh
 from .record import COUNT, Record, accumulate_dtype
-from .rows import assign, first, fresh, keep_best, part, regular, runs, unsafe
+from .rows import assign, first, keep_best, part, regular, runs, unsafe
 
 WEIGHT_LIMIT = 1e4
 """Σ|α| beyond which the weights amplify rounding more than they help: take a plain step instead."""

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .anderson import LEAST_SQUARE, WEIGHT_LIMIT
+from .buffers import fresh
 from .record import Record, accumulate_dtype
-from .rows import SAFE, assign, block_size, blocks, fresh, keep_best, regular, runs, unsafe
+from .rows import SAFE, assign, block_size, blocks, keep_best, regular, runs, unsafe
 
 
 @dataclass

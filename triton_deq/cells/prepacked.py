@@ -16,9 +16,8 @@ LARGE = 1 << 17
 class Prepacked:
     """The weights of a solve's convolutions, each laid out at its first product.
 
-    PyTorch hands oneDNN a weight as it lies, and oneDNN lays it out anew at every call: a third of the time
-    of a convolution with many channels and few pixels, which are read once each. A single small map PyTorch
-    does not give to oneDNN at all.
+    PyTorch hands oneDNN a weight as it lies, and oneDNN lays it out anew at every call, which takes its time
+    where channels are many and pixels few. A single small map PyTorch does not give to oneDNN at all.
     """
 
     def __init__(self) -> None:

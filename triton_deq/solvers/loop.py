@@ -82,9 +82,9 @@ def solve(
             steps), so f may be evaluated a cycle too often. f must be capturable: no read of the device by
             the host. The graph lasts for this solve; that of a `DEQ` is used again. On a CPU it warns and
             does nothing.
-        backend: "auto", "triton", "reference", or "numba": the reference with the solver's steps, and an
-            `MDEQCell`'s GroupNorm, compiled for a CPU, in float32 or float64. "auto" takes that where it pays
-            and Numba can be imported.
+        backend: "auto", "triton", "reference", or "numba": the reference with the solver's steps compiled for
+            a CPU, in float32 or float64, and an `MDEQCell`'s GroupNorm, in bfloat16 too. "auto" takes that
+            where it pays and Numba can be imported.
 
     Returns:
         A `Solution` with each sample's best finite iterate and how it ended.

@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .openmp import threads_for
@@ -167,3 +168,15 @@ def _obstacle(tensor: Tensor) -> str:
     if kind not in ("cpu", "cuda"):  # ROCm devices carry the name "cuda" too
         return f"there are no kernels for a tensor on {kind!r}"
     return "" if _INSTALLED else "the package triton is not installed"
+
+
+def transformed() -> bool:
+    """Whether torch.compile or a transform (torch.func, forward AD) is at work, which sees into operators."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def tracked() -> bool:
+    """Whether a graph may be made of what is computed now, so that nothing may be written into a place."""
+    return torch.is_grad_enabled() or transformed()

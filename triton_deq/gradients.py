@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
+from .backend import transformed
 from .checks import check_choice, check_count, check_number, check_state, check_value
 from .jacobian import closed_vjp
-from .ops.launch import transformed
 from .solvers import Anderson, Broyden, Solution, Solver, solve
 from .solvers.functional import functional_solve
 from .solvers.graph import captures, on_capture_stream

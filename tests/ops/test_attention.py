@@ -71,14 +71,15 @@ def assert_within_bounds(rows):
 # -------------------------------------------------------------------------------------------- the reference
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 1}, {"dropout": 0.4}], ids=str)
-@pytest.mark.parametrize("memory", [0, 3])
-def test_the_reference_is_the_papers_formula(memory, options):
-    given = tensors(memory=memory, queries=5)
+@pytest.mark.parametrize(("queries", "memory"), [(5, 0), (5, 3), (1, 0), (1, 3), (2, 0)])
+def test_the_reference_is_the_papers_formula(queries, memory, options, recorded):
+    given = tensors(memory=memory, queries=queries)
     context = context_of(given, **options)
-    torch.testing.assert_close(
-        reference.attention(*given[:3], context), by_loops(*given[:3], context), rtol=1e-6, atol=1e-6
-    )
+    with torch.set_grad_enabled(recorded):
+        found = reference.attention(*given[:3], context)
+    torch.testing.assert_close(found, by_loops(*given[:3], context), rtol=1e-6, atol=1e-6)
 
 
 def test_without_biases_and_positions_it_is_pytorchs_attention():
@@ -93,12 +94,16 @@ def test_without_biases_and_positions_it_is_pytorchs_attention():
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3, "dropout": 0.3}], ids=str)
-def test_the_references_product_is_autograds(options):
-    given = leaves()
+@pytest.mark.parametrize(("queries", "memory"), [(4, 3), (4, 0), (1, 0), (1, 2)])
+def test_the_references_product_is_autograds(queries, memory, options):
+    given = leaves(queries=queries, memory=memory)
     context = context_of(given, **options)
     vector = torch.randn_like(given[0])
     wanted = torch.autograd.grad(reference.attention(*given[:3], context), given[:3], vector)
-    torch.testing.assert_close(reference.attention_vjp(vector, *given[:3], context).unbind(2), wanted)
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            found = reference.attention_vjp(vector, *given[:3], context)
+        torch.testing.assert_close(found.unbind(2), wanted)
 
 
 # ------------------------------------------------------------------------------------ kernels against float64
@@ -302,9 +307,33 @@ def test_a_product_may_reuse_an_evaluation(backend, device):
     given = tensors(device=device)
     context, vector = context_of(given), torch.randn_like(given[0])
     evaluated = op.attention_evaluated(*given[:3], context, backend)
-    assert (evaluated is None) == (backend == "reference")
+    assert isinstance(evaluated, op.Weighted if backend == "reference" else op.Evaluated)
     found = op.attention_vjp(vector, *given[:3], context, backend, evaluated)
     torch.testing.assert_close(found, reference.attention_vjp(vector, *given[:3], context))
+
+
+def test_a_product_that_is_differentiated_does_not_take_an_evaluation_that_was_not(backend, device):
+    given = leaves(device=device)
+    context, vector = context_of(given), torch.randn_like(given[0])
+    present = [each for each in given if each is not None]
+    with torch.no_grad():
+        alone = op.attention_evaluated(*given[:3], context, backend)
+    products = [
+        op.attention_vjp(vector, *given[:3], context, backend, evaluated)
+        for evaluated in (alone, op.attention_evaluated(*given[:3], context, backend), None)
+    ]
+    *found, wanted = (torch.autograd.grad(product.square().sum(), present) for product in products)
+    for gradients in found:
+        torch.testing.assert_close(gradients, wanted)
+
+
+def test_an_evaluations_value_is_differentiable(backend, device):
+    given = leaves(device=device)
+    evaluated = op.attention_evaluated(*given[:3], context_of(given), backend)
+    present = [each for each in given if each is not None]
+    found = torch.autograd.grad(evaluated.value.square().sum(), present)
+    wanted = torch.autograd.grad(reference.attention(*given[:3], context_of(given)).square().sum(), present)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_strides_of_all_kinds(backend, device):

@@ -83,8 +83,11 @@ def test_value_and_gradient_are_autograds(masked, backend, device, launches):
     assert launches == (["feedforward_kernel"] if backend == "triton" else [])
 
     small, matrix = torch.randn(2, 3, 5, dtype=s.dtype, device=device), weight.detach().mT
-    inward = op.feedforward_vjp(small, matrix, value.detach(), backend)
-    torch.testing.assert_close(inward, torch.where(before > 0, small @ matrix, 0))
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            inward = op.feedforward_vjp(small, matrix, value.detach(), backend)
+            torch.testing.assert_close(inward, torch.where(before > 0, small @ matrix, 0))
+            torch.testing.assert_close(op.feedforward(s, weight, bias, mask, backend), before.relu())
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -202,6 +202,37 @@ def test_product_is_autograds_and_differentiable(backend, device):
     assert gradcheck(product_of, given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with gain"])
+def test_the_reference_without_gradients_is_the_one_with(scaled, dtype):
+    """PyTorch's own LayerNorm, which has no derivative of 1/σ, in the place of the formula."""
+    x, branch, mask, gain, offset = (each.detach().to(dtype) for each in tensors())
+    x = x + 30
+    gain, offset = (gain, offset) if scaled else (None, None)
+    vectors = torch.randn(2, *x.shape).to(dtype)
+    results = []
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            _, normal, inverse = given = reference.norm(x, branch, mask, gain, offset, 0.1)
+            product = reference.norm_vjp(vectors, normal, inverse, gain)
+            results.append((*given, product, reference.norm_vjp(vectors[0, :0], normal[:0], inverse[:0])))
+    torch.testing.assert_close(*results)
+
+
+def test_a_tangent_passes_through_the_reference_without_gradients():
+    x, *_ = (each.detach() for each in tensors())
+    direction = torch.randn_like(x)
+
+    def made(x):
+        _, normal, inverse = reference.norm(x)
+        return normal, inverse, reference.norm_vjp(direction, normal, inverse)
+
+    with torch.no_grad():
+        found = torch.func.jvp(made, (x,), (direction,))
+    torch.testing.assert_close(found, torch.func.jvp(made, (x,), (direction,)))
+    assert found[1][1].abs().sum() > 0
+
+
 def test_a_penalty_on_the_product(backend, device):
     """Its gradient in x passes through n and 1/σ; that of a vector that depends on them, once."""
     x, _, _, gain, offset = tensors(device=device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..backend import tracked
 from ..checks import check_count, check_number
 from ..ops.fusion import Sum, fusion_each, fusion_vjp_each
 from ..ops.groupnorm import groupnorm_vjp_each
@@ -26,7 +27,6 @@ from .mdeq_layers import (
     for_products,
     forwards,
     pack,
-    tracked,
     transposed,
     unpack,
     walk,

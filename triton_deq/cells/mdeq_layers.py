@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..backend import tracked
 from ..ops.fusion import Sum, fusion_each
 from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
-from ..ops.launch import kernels_serve, transformed
+from ..ops.launch import kernels_serve
 from ..reference.groupnorm import Normalised
 from .prepacked import Prepacked
 
@@ -127,11 +128,6 @@ class Block(nn.Module):
 
 KINDS = (nn.Conv2d, nn.GroupNorm, ConvNorm, Block)
 """What a cell consists of, and does not call."""
-
-
-def tracked() -> bool:
-    """Whether a graph may be made of what is computed now, so that nothing may be written into a place."""
-    return torch.is_grad_enabled() or transformed()
 
 
 def transposed(conv: Any, vector: Tensor, weight: Tensor) -> Tensor:

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..backend import tracked
 from ..checks import check_count, check_number
 from ..ops.attention import (
     Context,
     Evaluated,
-    attention,
+    Weighted,
     attention_evaluated,
     attention_vjp,
     spare_columns,
     with_mask,
 )
 from ..ops.feedforward import feedforward, feedforward_vjp
-from ..ops.launch import transformed
 from ..ops.norm import norm, norm_value, norm_vjps
 from .layers import autocast_dtype, does_as, normalise_weight, weights_of
 
@@ -341,17 +341,18 @@ class TransformerCell(nn.Module):
             kept.append((rest[0], rest[1]))
             return value if dtype is None else value.to(dtype)
 
-        value, heads, inner = self._evaluate(z, u, keeping)
+        value, evaluation = self._evaluate(z, u, keeping)
         first = kept.pop(0) if self.pre_norm else None
         middle, *last = kept
-        # What all products share is computed once.
-        evaluated = attention_evaluated(*heads, u.context)
-        return value, Pullback(u, heads, inner, first, middle, last[0] if last else None, z.dtype, evaluated)
+        return value, Pullback(u, *evaluation, first, middle, last[0] if last else None, z.dtype)
 
     def _evaluate(
         self, z: Tensor, u: TransformerInjection, normed: Callable[..., Tensor], out: Tensor | None = None
-    ) -> tuple[Tensor, Heads, Tensor]:
-        """The value, q, k and v, and what is behind the relu; `normed` is a LayerNorm of a residual sum."""
+    ) -> tuple[Tensor, tuple[Heads, Evaluated | Weighted, Tensor]]:
+        """The value; and q, k and v, the evaluated attention, and what is behind the relu.
+
+        normed: a LayerNorm of a residual sum.
+        """
         if z.shape != u.shape:
             raise ValueError(f"z has shape {tuple(z.shape)}, and this u is for {u.shape}: give z that shape")
         masks = (None, None, None) if u.masks is None else u.masks[:3]
@@ -360,16 +361,17 @@ class TransformerCell(nn.Module):
         if self.pre_norm:
             n = normed(z, dtype=u.weights.qkv.dtype) if place is None else normed(z, out=place)
         heads = self._heads(_taken(n, u, n is place), u)
-        mixed = attention(*heads, u.context)
-        branch = functional.linear(mixed.flatten(2), u.weights.out, u.weights.out_bias)[..., : self.width]
+        attended = attention_evaluated(*heads, u.context)
+        mixed = attended.value.flatten(2)
+        branch = functional.linear(mixed, u.weights.out, u.weights.out_bias)[..., : self.width]
         s = normed(z, branch, masks[0]) if place is None else normed(z, branch, masks[0], also=place)
 
         inner = feedforward(_taken(s, u, place is not None), u.weights.up, self.up.bias, masks[1])
         branch = functional.linear(inner, u.weights.down, u.weights.down_bias)[..., : self.width]
         if not self.pre_norm:
-            return normed(s, branch, masks[2], out=out), heads, inner
+            return normed(s, branch, masks[2], out=out), (heads, attended, inner)
         branch = branch if masks[2] is None else branch * masks[2]
-        return torch.add(s, branch, out=out).to(s.dtype), heads, inner
+        return torch.add(s, branch, out=out).to(s.dtype), (heads, attended, inner)
 
     def _heads(self, n: Tensor, u: TransformerInjection) -> Heads:
         """q, k and v `[B, T, H, d]`, views of one product; n as products take it."""
@@ -411,7 +413,7 @@ def _with_zeros(tensor: Tensor, dim: int, count: int) -> Tensor:
 
 def _place(u: TransformerInjection) -> Tensor | None:
     """Where rows `[B, T, D]` may be left for the product that takes them next, if they need zeros behind."""
-    if u.room is None or transformed() or torch.is_grad_enabled():  # who records a gradient may keep rows
+    if u.room is None or tracked():  # who records a gradient may keep rows
         return None
     return u.room[..., : u.shape[-1]]
 
@@ -442,17 +444,18 @@ def _mask(shape: tuple[int, ...], probability: float, like: Tensor) -> Tensor:
 class Pullback:
     """`ε ↦ εᵀJ` of a `TransformerCell` at a state, `[..., B, T, D]`; differentiable.
 
-    first, middle, last: the norms' `(n, 1/σ)`, None where there is no such norm. inner: behind the relu.
+    evaluated: the attention. inner: behind the relu. first, middle, last: the norms' `(n, 1/σ)`, None where
+    there is no such norm.
     """
 
     u: TransformerInjection
     heads: Heads
+    evaluated: Evaluated | Weighted
     inner: Tensor
     first: tuple[Tensor, Tensor] | None
     middle: tuple[Tensor, Tensor]
     last: tuple[Tensor, Tensor] | None
     dtype: torch.dtype
-    evaluated: Evaluated | None
 
     def __call__(self, vector: Tensor) -> Tensor:
         if vector.dim() == 3:
@@ -484,7 +487,7 @@ class Pullback:
 
 def _masked(vector: Tensor, mask: Tensor | None, dtype: torch.dtype, place: Tensor | None) -> Tensor:
     """`m ⊙ v` in dtype, in one pass where no gradient is recorded, and there in the place if there is one."""
-    if mask is None or torch.is_grad_enabled() or transformed():
+    if mask is None or tracked():
         return (vector if mask is None else vector * mask).to(dtype)
     place = vector.new_empty(vector.shape, dtype=dtype) if place is None else place
     return torch.mul(vector, mask, out=place)

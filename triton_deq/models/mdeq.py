@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..backend import transformed
 from ..cells.layers import autocast_dtype, called_narrow
 from ..cells.mdeq import MDEQCell
 from ..cells.mdeq_layers import MDEQInjection, Scale, for_products, pack, unpack
 from ..deq import DEQ, Injected
 from ..gradients import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
-from ..ops.launch import transformed
 from ..solvers import Solution, Solver
 from ..solvers.graph_cache import GraphCache
 from ..solvers.graph_keys import repeatable

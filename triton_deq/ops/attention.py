@@ -1,7 +1,7 @@
 """Transformer-XL's relative attention as an op, and its vector-Jacobian product.
 
-No tensor of queries by keys is ever in memory. Inside torch.compile, in the transforms of torch.func and for
-tensors of several dtypes the ordinary operators run, which do hold the scores. Under autocast the dtype is
+The kernels never have a tensor of queries by keys in memory. Inside torch.compile, in the transforms of
+torch.func and for tensors of several dtypes the ordinary operators run, which do. Under autocast the dtype is
 that of the tensors, as products have made them.
 """
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..reference import attention as reference
-from ..reference.attention import Context
+from ..reference.attention import Context, Weighted
 from ..reference.record import accumulate_dtype
 from .launch import PROGRAMS, kernels_serve, launch, next_power_of_2, precision
 
 __all__ = [
     "Context",
     "Evaluated",
+    "Weighted",
     "attention",
     "attention_evaluated",
     "attention_vjp",
@@ -32,9 +33,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a vector-Jacobian product would otherwise compute again.
+    """An evaluated attention, with what its products would otherwise compute again.
 
-    value: o `[B, T, H, d]`. sums: `log Σ_j exp(S_ij)` `[B, H, T]`, in the accumulation dtype.
+    value: o `[B, T, H, d]`, differentiable. sums: `log Σ_j exp(S_ij)` `[B, H, T]`, in the accumulation dtype.
     """
 
     value: Tensor
@@ -52,25 +53,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: Context, backend: str = 
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
     `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
     """
-    _check(q, k, v, context)
-    if not _served(q, k, v, context, backend):
-        return reference.attention(q, k, v, context)
-    tensors = (q, k, v, *_parameters(context))
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-        return AttentionFunction.apply(*tensors, context)
-    return attention_fwd(q, k, v, context).value
+    return attention_evaluated(q, k, v, context, backend).value
 
 
 def attention_evaluated(
     q: Tensor, k: Tensor, v: Tensor, context: Context, backend: str = "auto"
-) -> Evaluated | None:
-    """What `attention_vjp` may be given so that it need not evaluate first; None where it would not care.
+) -> Evaluated | Weighted:
+    """`attention`'s value, with what `attention_vjp` may be given so that it need not evaluate again.
 
-    Worth it for several products at the same q, k and v, as in a backward solve. Not differentiable.
+    Ordinary operators keep the softmax `[B, H, T, M + T]`, the kernels a number for each of its rows.
     """
     _check(q, k, v, context)
-    with torch.no_grad():
-        return attention_fwd(q, k, v, context) if _served(q, k, v, context, backend) else None
+    if not _served(q, k, v, context, backend):
+        return reference.attention_evaluated(q, k, v, context)
+    tensors = (q, k, v, *_parameters(context))
+    if _recorded(*tensors):
+        return Evaluated(*AttentionFunction.apply(*tensors, context))
+    return attention_fwd(q, k, v, context)
 
 
 def attention_vjp(
@@ -80,7 +79,7 @@ def attention_vjp(
     v: Tensor,
     context: Context,
     backend: str = "auto",
-    evaluated: Evaluated | None = None,
+    evaluated: Evaluated | Weighted | None = None,
 ) -> Tensor:
     """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, 3, H, d]`; differentiable.
 
@@ -89,7 +88,8 @@ def attention_vjp(
     Args:
         vector: `[B, T, H, d]`, of q's dtype.
         q, k, v, context, backend: as in `attention`.
-        evaluated: of `attention_evaluated` with the same arguments; by default computed here.
+        evaluated: of `attention_evaluated` with the same arguments; by default computed here. Where gradients
+            are recorded, it has to have been recorded, too.
     """
     _check(q, k, v, context)
     if vector.shape != q.shape:
@@ -97,11 +97,15 @@ def attention_vjp(
             f"vector has shape {tuple(vector.shape)}, q {tuple(q.shape)}: pass a vector shaped like the value"
         )
     if not _served(q, k, v, context, backend, vector):
-        return reference.attention_vjp(vector, q, k, v, context)
+        known = evaluated if isinstance(evaluated, Weighted) else None
+        if known is not None and _recorded(q, k, v, *_parameters(context)) and not known.value.requires_grad:
+            known = None  # no gradient would find its way back from it
+        return reference.attention_vjp(vector, q, k, v, context, known)
+    given = evaluated if isinstance(evaluated, Evaluated) else None
     tensors = (vector, q, k, v, *_parameters(context))
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-        return AttentionVJPFunction.apply(*tensors, context, evaluated)
-    return states_gradients(vector, q, k, v, context, evaluated)
+    if _recorded(*tensors):
+        return AttentionVJPFunction.apply(*tensors, context, given)
+    return states_gradients(vector, q, k, v, context, given)
 
 
 def with_mask(context: Context, queries: tuple[int, int], backend: str = "auto") -> Context:
@@ -174,6 +178,10 @@ def _served(
     q: Tensor, k: Tensor, v: Tensor, context: Context, backend: str, vector: Tensor | None = None
 ) -> bool:
     return kernels_serve(q, backend, k, v, *_parameters(context), vector, autocast=True)
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def _parameters(context: Context) -> tuple[Tensor | None, ...]:
@@ -519,19 +527,20 @@ def _tangents(tangents: Tangents | None, evaluated: Evaluated) -> tuple[Tensor, 
 
 
 class AttentionFunction(torch.autograd.Function):
-    """`(q, k, v, positions, content_bias, position_bias, memory_keys, memory_values) ↦ o`."""
+    """`(q, k, v, positions, content_bias, position_bias, memory_keys, memory_values) ↦ (o, sums)`."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         *parameters, context = others
         context = _with_parameters(context, tuple(parameters))
         evaluated = attention_fwd(q, k, v, context)
         ctx.save_for_backward(q, k, v, *parameters, context.seed, evaluated.value, evaluated.sums)
+        ctx.mark_non_differentiable(evaluated.sums)
         ctx.options = _options(context)
-        return evaluated.value
+        return evaluated.value, evaluated.sums
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _: Tensor):
         *tensors, seed, value, sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             return *_by_operators(reference.attention, grad, tensors, ctx.options, seed), None
@@ -553,7 +562,8 @@ class AttentionVJPFunction(torch.autograd.Function):
         *parameters, context, evaluated = others
         context = _with_parameters(context, tuple(parameters))
         evaluated = attention_fwd(q, k, v, context) if evaluated is None else evaluated
-        ctx.save_for_backward(vector, q, k, v, *parameters, context.seed, evaluated.value, evaluated.sums)
+        value = evaluated.value.detach()
+        ctx.save_for_backward(vector, q, k, v, *parameters, context.seed, value, evaluated.sums)
         ctx.options = _options(context)
         return states_gradients(vector, q, k, v, context, evaluated)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import transformed
 from ..reference import fusion as reference
 from .launch import (
     Part,
@@ -21,7 +22,6 @@ from .launch import (
     next_power_of_2,
     sample_stride,
     shared,
-    transformed,
     wide_dtype,
 )
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import compiled_serves
+from ..backend import compiled_serves, transformed
 from ..checks import check_count, check_number
 from ..reference import groupnorm as reference
 from ..reference.groupnorm import Gradients, Normalised
@@ -29,7 +29,6 @@ from .launch import (
     next_power_of_2,
     sample_stride,
     shared,
-    transformed,
     wide_dtype,
 )
 

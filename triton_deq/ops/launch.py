@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backend as backends
+from ..backend import transformed
 from .interpreted import patched_once
 
 PROGRAMS = 2048
@@ -187,13 +187,6 @@ def kernels_serve(tensor: Tensor, backend: str, *others: Tensor | None, autocast
     alike = all(other is None or (other.dtype, other.device) == kind for other in others)
     cast = torch.is_autocast_enabled(tensor.device.type) and not autocast
     return alike and tensor.numel() > 0 and not (transformed() or cast)
-
-
-def transformed() -> bool:
-    """Whether torch.compile or a transform (torch.func, forward AD) is at work, which sees into operators."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ With i a query of T, j a key of R = M + T (M of them in memory), δ = i + M − 
 `S_ij = s ((q_i + b_c)·k_j + (q_i + b_p)·r_δ)` where 0 ≤ δ < window, else −∞, with both learned biases (Dai et
 al., arXiv 1901.02860, section 3.3); `P = softmax(S)`; `o_i = Σ_j K_ij P_ij v_j` with the dropout mask K. All
 is differentiable by ordinary operators; the scores `[B, H, T, R]` are held in memory.
+
+No entry is gathered by its distance: where distances fall along a row, the row of each query lies one place
+further to the left than that of the query before it, so the same memory, read with other strides, has the
+keys in order.
 """
 
 from typing import NamedTuple
@@ -50,53 +54,95 @@ class Context(NamedTuple):
         return self.positions.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
+class Weighted(NamedTuple):
+    """An evaluated attention, with what its products would otherwise compute again; all of it recorded.
+
+    value: o `[B, T, H, d]`. keys, values: of all tokens, `[B, H, R, d]`. weights: P `[B, H, T, R]`.
+    """
+
+    value: Tensor
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """o `[B, T, H, d]` from q, k, v `[B, T, H, d]`."""
+    return attention_evaluated(q, k, v, context).value
+
+
+def attention_evaluated(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Weighted:
+    """o, and what `attention_vjp` would otherwise compute again."""
     keys, values = _with_memory(k, context.memory_keys), _with_memory(v, context.memory_values)
-    weights = torch.softmax(_scores(q, keys, context), dim=-1)
-    return torch.einsum("bhij,bjhd->bihd", _dropped(weights, context), values)
+    weights = torch.softmax(_scores(q.transpose(1, 2), keys, context), dim=-1)
+    value = _dropped(weights, context) @ values
+    return Weighted(value.transpose(1, 2), keys, values, weights)
 
 
-def attention_vjp(vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+def attention_vjp(
+    vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context, evaluated: Weighted | None = None
+) -> Tensor:
     """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, 3, H, d]`."""
-    keys, values = _with_memory(k, context.memory_keys), _with_memory(v, context.memory_values)
-    weights = torch.softmax(_scores(q, keys, context), dim=-1)
-    of_weights = _dropped(torch.einsum("bihd,bjhd->bhij", vector, values), context)
-    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-    of_scores = of_scores * context.factor
+    _, keys, values, weights = attention_evaluated(q, k, v, context) if evaluated is None else evaluated
+    vector = vector.transpose(1, 2)
+    of_weights = _dropped(vector @ values.mT, context)
+    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
 
-    distance, positions = _distances(of_scores, context), context.positions[: keys.shape[1]]
-    inside = (distance >= 0) & (distance < keys.shape[1])  # j = i + M − δ: the same map in both directions
-    by_distance = of_scores.gather(-1, distance.clamp(0, keys.shape[1] - 1).expand_as(of_scores)) * inside
-    of_q = torch.einsum("bhij,bjhd->bihd", of_scores, keys)
-    of_q = of_q + torch.einsum("bhin,nhd->bihd", by_distance, positions)
-    of_keys = torch.einsum("bhij,bihd->bjhd", of_scores, q + context.content_bias)
-    of_values = torch.einsum("bhij,bihd->bjhd", _dropped(weights, context), vector)
-    return torch.stack([of_q, of_keys[:, context.memory :], of_values[:, context.memory :]], dim=2)
+    of_q = of_scores @ keys + _by_distance(of_scores) @ _falling(context, keys)
+    # Keys and values in memory are not of this solve.
+    of_k = of_scores[..., context.memory :].mT @ (q + context.content_bias).transpose(1, 2)
+    of_v = _dropped(weights, context)[..., context.memory :].mT @ vector
+    gradients = of_q * context.factor, of_k * context.factor, of_v
+    return torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2)
 
 
 def _with_memory(current: Tensor, memory: Tensor | None) -> Tensor:
-    return current if memory is None else torch.cat([memory, current], dim=1)
-
-
-def _distances(scores: Tensor, context: Context) -> Tensor:
-    """`i + M − j` `[T, R]`."""
-    queries, keys = scores.shape[-2:]
-    i = torch.arange(queries, device=scores.device)[:, None]
-    return i + context.memory - torch.arange(keys, device=scores.device)
+    """`[B, H, R, d]`"""
+    current = current.transpose(1, 2)
+    return current if memory is None else torch.cat([memory.transpose(1, 2), current], dim=2)
 
 
 def _scores(q: Tensor, keys: Tensor, context: Context) -> Tensor:
-    """S `[B, H, T, R]`."""
-    positions = context.positions[: keys.shape[1]]
-    scores = torch.einsum("bihd,bjhd->bhij", q + context.content_bias, keys)
-    by_distance = torch.einsum("bihd,nhd->bhin", q + context.position_bias, positions)
-    distance = _distances(scores, context)
-    scores = scores + by_distance.gather(-1, distance.clamp(0, keys.shape[1] - 1).expand_as(scores))
-    hidden = distance < 0
-    if context.window is not None:
-        hidden = hidden | (distance >= context.window)
-    return (scores * context.factor).masked_fill(hidden, -torch.inf)
+    """S `[B, H, T, R]` from q `[B, H, T, d]`."""
+    content, position = (q + bias[:, None] for bias in (context.content_bias, context.position_bias))
+    by_distance = position @ _falling(context, keys).mT
+    scores = torch.where(_hidden(by_distance, context), -torch.inf, _by_key(by_distance))
+    factor = context.factor
+    summed = torch.baddbmm(
+        scores.flatten(0, 1), content.flatten(0, 1), keys.flatten(0, 1).mT, beta=factor, alpha=factor
+    )
+    return summed.unflatten(0, scores.shape[:2])
+
+
+def _falling(context: Context, keys: Tensor) -> Tensor:
+    """r `[H, R, d]` for the distances R − 1, …, 0."""
+    return context.positions[: keys.shape[2]].flip(0).transpose(0, 1)
+
+
+def _hidden(scores: Tensor, context: Context) -> Tensor:
+    """Which keys no query may see, `[T, R]`."""
+    ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    hidden = ones.triu(context.memory + 1)
+    return hidden if context.window is None else hidden | ones.tril(context.memory - context.window)
+
+
+def _by_key(by_distance: Tensor) -> Tensor:
+    """`[..., T, R]`: for each query the keys in order, instead of the distances R − 1, …, 0.
+
+    In the places of keys that come after the query, distances below 0, stands what the next query has.
+    """
+    queries, keys = by_distance.shape[-2:]
+    if torch.is_grad_enabled():  # the gradient of rows that overlap is slow
+        by_distance = torch.cat([by_distance.new_zeros(*by_distance.shape[:-1], 1), by_distance], -1)
+        return by_distance.flatten(-2)[..., queries:].unflatten(-1, (queries, keys))
+    return by_distance.flatten(-2)[..., queries - 1 :].unfold(-1, keys, max(keys - 1, 1))
+
+
+def _by_distance(by_key: Tensor) -> Tensor:
+    """The way back, for what is 0 in the places of keys that come after the query."""
+    queries, keys = by_key.shape[-2:]
+    zeros = by_key.new_zeros(*by_key.shape[:-2], queries)
+    return torch.cat([zeros, by_key.flatten(-2)], -1).unflatten(-1, (queries, keys + 1))[..., 1:]
 
 
 def _dropped(weights: Tensor, context: Context) -> Tensor:

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..backend import tracked
+
 
 def feedforward(s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
     """h `[..., N]` from s `[..., K]`, weight `[N, K]`, bias `[N]` and m, which broadcasts to h."""
     inner = functional.linear(s, weight, bias)
+    if tracked():  # a gradient through a view that was written to is copied, and copied again
+        return (inner if mask is None else inner * mask).relu()
     return (inner if mask is None else inner.mul_(mask)).relu_()  # the mask is not negative
 
 
@@ -21,9 +25,12 @@ def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor) -> Tensor:
 
     In V's dtype: a forward under autocast has a backward that is not.
     """
-    return gated(vector.to(matrix.dtype) @ matrix, inner)
+    product = vector.to(matrix.dtype) @ matrix
+    return gated(product, inner) if tracked() else gated(product, inner, out=product)
 
 
-def gated(vector: Tensor, inner: Tensor) -> Tensor:
-    """v where h > 0, else 0, in one pass: relu's own backward."""
-    return torch.ops.aten.threshold_backward(vector, inner, 0)
+def gated(vector: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
+    """v where h > 0, else 0, in one pass: relu's own backward. out: where it is left, which may be v."""
+    if out is None:
+        return torch.ops.aten.threshold_backward(vector, inner, 0)
+    return torch.ops.aten.threshold_backward.grad_input(vector, inner, 0, grad_input=out)

@@ -7,6 +7,7 @@ differentiable by ordinary operators.
 import torch
 from torch import Tensor
 
+from ..backend import tracked
 from .record import accumulate_dtype
 
 
@@ -27,9 +28,12 @@ def norm(
     total = x.to(wide)
     if branch is not None:
         total = total + (branch.to(wide) if mask is None else branch.to(wide) * mask.to(wide))
-    centred = total - total.mean(-1, keepdim=True)
-    inverse = (centred.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    normal = centred * inverse
+    if tracked():
+        centred = total - total.mean(-1, keepdim=True)
+        inverse = (centred.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        normal = centred * inverse
+    else:  # one pass, but 1/σ has no derivative there
+        normal, _, inverse = torch.native_layer_norm(total, total.shape[-1:], None, None, epsilon)
     if gain is None or offset is None:
         value = normal.to(x.dtype)
         return value, value, inverse
@@ -59,5 +63,16 @@ def norm_vjp(vector: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor | Non
     g, n = vector.to(wide), normal.to(wide)
     if gain is not None:
         g = g * gain.to(wide)
+    if not tracked():
+        return (_centred(g, n) * inverse).to(vector.dtype)
     along = (g * n).mean(-1, keepdim=True)
     return (inverse * (g - g.mean(-1, keepdim=True) - n * along)).to(vector.dtype)
+
+
+def _centred(g: Tensor, normal: Tensor) -> Tensor:
+    """`g − mean(g) − n mean(g n)` by PyTorch's own LayerNorm, for which n are rows of mean 0 and σ 1."""
+    g, normal = torch.broadcast_tensors(g, normal)
+    mean = g.new_zeros(*g.shape[:-1], 1)
+    backward = torch.ops.aten.native_layer_norm_backward
+    of_rows = (True, False, False)
+    return backward(g, normal, g.shape[-1:], mean, torch.ones_like(mean), None, None, of_rows)[0]

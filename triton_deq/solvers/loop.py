@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
+from ..backend import transformed
 from ..checks import check_state
-from ..ops.launch import transformed
 from ..reference.record import Record
 from ..status import Status
 from ..weight_caches import as_solve

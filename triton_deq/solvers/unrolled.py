@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..ops.launch import transformed
+from ..backend import transformed
 from .functional import functional_solve
 from .loop import Solver, refuse_traced, thrown
 from .solution import Solution

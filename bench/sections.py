@@ -124,7 +124,7 @@ def warm(order: Order) -> int:
 
 Section = Callable[[Order], int]
 
-WARMED = ("tuning", "step", "solve", "kernels", "penalty", "training", "language", "images")
+WARMED = ("tuning", "step", "solve", "kernels", "penalty", "training", "transformer", "language", "images")
 """The groups whose kernels are compiled before anything is timed."""
 PROOFS: dict[str, tuple[float, Section]] = {
     "verify": (130, proofs.verify),
@@ -138,7 +138,7 @@ MEASUREMENTS: dict[str, tuple[float, Section]] = {
     "tuning": (50, partial(bench, ["tuning"], "no")),
     "solvers": (100, partial(bench, ["ceilings", "step", "solve"], "no")),
     "wholes": (110, partial(bench, ["images", "language"], "no")),
-    "models": (80, partial(bench, ["kernels", "penalty", "training"], "no")),
+    "models": (80, partial(bench, ["kernels", "penalty", "training", "transformer"], "no")),
     "versus": (90, versus),
     "compiled": (
         110,

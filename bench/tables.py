@@ -13,6 +13,7 @@ TITLES = {
     "penalty": "Jacobian penalty, milliseconds",
     "training": "Training step of a DEQ, 10 steps forward and 10 backward, milliseconds",
     "language": "DEQ-Transformer at 14 evaluations a solve beside a stacked Transformer-XL, milliseconds",
+    "transformer": "DEQ-Transformer: its layer, the penalty on it, the model at 14 evaluations, milliseconds",
     "compat": "TorchDEQ's and the authors' code with our solvers put in, and as it is, milliseconds",
     "images": "Multiscale DEQ: its layer, the penalty on it, the model at 14 evaluations, milliseconds",
 }
@@ -158,7 +159,7 @@ def table(group: str, comparisons: Sequence[Comparison]) -> str:
         lines.append(
             [
                 f"{head.op}, {head.mode}"
-                if group in ("penalty", "language", "images", "compat")
+                if group in ("penalty", "language", "transformer", "images", "compat")
                 else head.op,
                 "×".join(map(str, head.shape)),
                 head.dtype,

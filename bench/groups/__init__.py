@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ..cases import Case, Setting
-from . import ceilings, compat, images, kernels, language, penalty, solve, step, training, tuning
+from . import ceilings, compat, images, kernels, language, penalty, solve, step, training, transformer, tuning
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "ceilings": ceilings.cases,
@@ -13,6 +13,7 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "penalty": penalty.cases,
     "training": training.cases,
     "language": language.cases,
+    "transformer": transformer.cases,
     "images": images.cases,
     "compat": compat.cases,
     "tuning": tuning.cases,

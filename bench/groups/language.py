@@ -148,6 +148,7 @@ def step(
     compiled: bool = False,
     graph: bool = False,
     state_dtype: torch.dtype | None = None,
+    make: type[DEQTransformerLM] = DEQTransformerLM,
 ) -> Call:
     """One segment with memory, through embedding and softmax; in training with all gradients.
 
@@ -158,7 +159,7 @@ def step(
         if configuration.layers:
             model: LanguageModel = TransformerXL(configuration)
         else:
-            model = DEQTransformerLM(configuration, graph=graph, state_dtype=state_dtype)
+            model = make(configuration, graph=graph, state_dtype=state_dtype)
         model.train(mode == "training")
         tokens = torch.randint(configuration.vocabulary, (size.batch, 2 * size.length + 1))
     first, second = tokens[:, : size.length], tokens[:, size.length :]

@@ -5,7 +5,9 @@ import torch
 
 from bench.peers import PEERS, steps_to
 from bench.peers.textbook import _mix, _residual, masked_anderson
+from bench.peers.transformer import PlainTransformer
 from bench.problems import make
+from triton_deq.cells import TransformerCell
 from triton_deq.demo.textbook import anderson
 
 CPU = torch.device("cpu")
@@ -60,3 +62,18 @@ def test_a_peer_that_does_not_get_there_says_so():
     problem = make("dense", (3, 32), CPU, torch.float32)
     with pytest.raises(RuntimeError, match="does not reach a residual of 1e-30 in 12"):
         steps_to(PEERS[0].load(), problem.f, problem.z0, 1e-30, most=12)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post", "pre"])
+def test_the_plain_transformer_is_the_cells_function(pre_norm):
+    torch.manual_seed(0)
+    cell = TransformerCell(8, 2, 12, 3, pre_norm=pre_norm, weight_norm=True, init_std=0.3).double()
+    before, tokens, z = (torch.randn(2, length, 8, dtype=torch.float64) for length in (4, 5, 5))
+    z.requires_grad_()
+    memory = cell.memory(before, cell.inject(before), None, 3)
+    found = PlainTransformer(cell, tokens, memory)(z)
+    wanted = cell(z, cell.inject((tokens, memory)))
+    torch.testing.assert_close(found, wanted)
+    vector = torch.randn_like(z)
+    gradients = (torch.autograd.grad(value, [z, *cell.parameters()], vector) for value in (found, wanted))
+    torch.testing.assert_close(*gradients)

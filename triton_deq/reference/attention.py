@@ -57,10 +57,12 @@ class Context(NamedTuple):
 class Weighted(NamedTuple):
     """An evaluated attention, with what its products would otherwise compute again; all of it recorded.
 
-    value: o `[B, T, H, d]`. keys, values: of all tokens, `[B, H, R, d]`. weights: P `[B, H, T, R]`.
+    value: o `[B, T, H, d]`. queries: q + b_c, `[B, H, T, d]`. keys, values: of all tokens, `[B, H, R, d]`.
+    weights: P `[B, H, T, R]`.
     """
 
     value: Tensor
+    queries: Tensor
     keys: Tensor
     values: Tensor
     weights: Tensor
@@ -74,23 +76,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
 def attention_evaluated(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Weighted:
     """o, and what `attention_vjp` would otherwise compute again."""
     keys, values = _with_memory(k, context.memory_keys), _with_memory(v, context.memory_values)
-    weights = torch.softmax(_scores(q.transpose(1, 2), keys, context), dim=-1)
+    q = q.transpose(1, 2).contiguous()
+    queries = q + context.content_bias[:, None]
+    by_distance = (q + context.position_bias[:, None]) @ _falling(context, keys).mT
+    scores = torch.where(_hidden(by_distance, context), -torch.inf, _by_key(by_distance))
+    weights = torch.softmax(_plus_content(scores, queries, keys, context.factor), dim=-1)
     value = _dropped(weights, context) @ values
-    return Weighted(value.transpose(1, 2), keys, values, weights)
+    return Weighted(value.transpose(1, 2), queries, keys, values, weights)
 
 
 def attention_vjp(
     vector: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context, evaluated: Weighted | None = None
 ) -> Tensor:
     """The gradients of `⟨vector, attention(q, k, v)⟩` in q, k and v, `[B, T, 3, H, d]`."""
-    _, keys, values, weights = attention_evaluated(q, k, v, context) if evaluated is None else evaluated
-    vector = vector.transpose(1, 2)
+    evaluated = attention_evaluated(q, k, v, context) if evaluated is None else evaluated
+    _, queries, keys, values, weights = evaluated
+    vector = vector.transpose(1, 2).contiguous()
     of_weights = _dropped(vector @ values.mT, context)
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
 
     of_q = of_scores @ keys + _by_distance(of_scores) @ _falling(context, keys)
     # Keys and values in memory are not of this solve.
-    of_k = of_scores[..., context.memory :].mT @ (q + context.content_bias).transpose(1, 2)
+    of_k = of_scores[..., context.memory :].mT @ queries
     of_v = _dropped(weights, context)[..., context.memory :].mT @ vector
     gradients = of_q * context.factor, of_k * context.factor, of_v
     return torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2)
@@ -102,16 +109,10 @@ def _with_memory(current: Tensor, memory: Tensor | None) -> Tensor:
     return current if memory is None else torch.cat([memory.transpose(1, 2), current], dim=2)
 
 
-def _scores(q: Tensor, keys: Tensor, context: Context) -> Tensor:
-    """S `[B, H, T, R]` from q `[B, H, T, d]`."""
-    content, position = (q + bias[:, None] for bias in (context.content_bias, context.position_bias))
-    by_distance = position @ _falling(context, keys).mT
-    scores = torch.where(_hidden(by_distance, context), -torch.inf, _by_key(by_distance))
-    factor = context.factor
-    summed = torch.baddbmm(
-        scores.flatten(0, 1), content.flatten(0, 1), keys.flatten(0, 1).mT, beta=factor, alpha=factor
-    )
-    return summed.unflatten(0, scores.shape[:2])
+def _plus_content(scores: Tensor, queries: Tensor, keys: Tensor, factor: float) -> Tensor:
+    """`s (scores + (q_i + b_c)·k_j)`"""
+    flat = (each.flatten(0, 1) for each in (scores, queries, keys.mT))
+    return torch.baddbmm(*flat, beta=factor, alpha=factor).unflatten(0, scores.shape[:2])
 
 
 def _falling(context: Context, keys: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 import triton_deq as td
 from tests.problems import tanh_map
+from triton_deq import jacobian
 
 
 def full_jacobians(f, z):
@@ -425,6 +426,42 @@ def test_spectral_radius_of_complex_pairs_among_many():
     matrix = mix @ torch.block_diag(*blocks) @ mix.T
     radius = td.spectral_radius(lambda z: z @ matrix.T, torch.ones(1, 40, dtype=torch.float64))
     assert math.isclose(radius.item(), math.hypot(1.9, 0.5), rel_tol=1e-6)
+
+
+def test_spectral_radius_ends_when_it_knows():
+    products = []
+
+    class Counted:
+        def __init__(self, values):
+            self.values = values
+
+        def __call__(self, z):
+            return z * self.values
+
+        def vjp(self, z):
+            def pullback(vector):
+                products.append(1)
+                return vector * self.values
+
+            return self(z), pullback
+
+    values = torch.linspace(0, 0.5, 60, dtype=torch.float64)
+    z, apart = torch.ones(2, 60, dtype=torch.float64), values.index_fill(0, torch.tensor(3), 0.9)
+    torch.testing.assert_close(td.spectral_radius(Counted(apart), z), torch.full_like(z[:, 0], 0.9))
+    assert len(products) in (20, 40)
+    products.clear()
+    td.spectral_radius(Counted(values), z, steps=45)  # whose largest are close to each other
+    assert len(products) == 45
+
+
+def test_krylov_vectors_are_orthogonal():
+    """Of a product that lies almost in the space, rounding leaves a part there: once is not enough."""
+    scales = torch.logspace(0, -6, 30)
+    basis, projection, left = jacobian._arnoldi(lambda rows: rows * scales, torch.ones(2, 30), 12)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(12).expand(2, 12, 12), rtol=0, atol=1e-5)
+    torch.testing.assert_close((basis * scales) @ basis.mT, projection.mT, rtol=0, atol=1e-6)
+    rest = basis[:, -1] * scales - (projection[:, :, -1:] * basis).sum(1)
+    torch.testing.assert_close(rest.norm(dim=1), left, rtol=0.2, atol=1e-7)
 
 
 def test_spectral_radius_of_simple_maps():

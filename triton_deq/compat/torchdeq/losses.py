@@ -37,7 +37,7 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 100) -> tuple[Tensor, Te
     Args:
         f0: f(z0), `[B, ...]`, with its graph.
         z0: `[B, ...]`, of requires_grad=True.
-        n_iters: how many vector-Jacobian products.
+        n_iters: how many vector-Jacobian products it may take.
 
     Returns:
         `(vector like z0, of length 1 in each sample; radius [B])`.

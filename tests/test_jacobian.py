@@ -454,6 +454,41 @@ def test_spectral_radius_ends_when_it_knows():
     assert len(products) == 45
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_of_small_matrices(dtype):
+    rotation = torch.tensor([[0.6, -0.8], [0.8, 0.6]]) * 0.7
+    matrices = [
+        torch.randn(6, 6),
+        torch.randn(6, 6).triu() + 30 * torch.ones(6, 6).triu(1),  # far from normal
+        torch.block_diag(rotation, torch.rand(4, 4) * 0.1),
+        torch.diag(torch.tensor([0.5, -0.5, 0.1, 0, 0, 0])),
+        torch.eye(6) * 1e-12,
+    ]
+    stacked = torch.stack(matrices).to(dtype)
+    radius, vector, beside = jacobian._largest(stacked)
+    wanted = torch.linalg.eigvals(stacked.double()).abs().max(dim=1).values
+    torch.testing.assert_close(radius.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 2e-6, atol=0)
+    torch.testing.assert_close(vector.norm(dim=1), torch.ones(5, dtype=dtype))
+    # The plane of v and H v is one that H does not leave.
+    for matrix, each in zip(stacked.double(), vector.double(), strict=True):
+        plane = torch.linalg.qr(torch.stack([each, matrix @ each], 1)).Q
+        twice = matrix @ (matrix @ each)
+        assert (twice - plane @ (plane.T @ twice)).norm() <= 1e-4 * matrix.norm() ** 2
+    turned = (stacked @ vector[..., None])[..., 0]
+    torch.testing.assert_close(beside, torch.maximum(vector[:, -1].abs(), turned[:, -1].abs() / radius))
+    radius, vector, _ = jacobian._largest(torch.zeros(2, 3, 3, dtype=dtype))
+    assert radius.tolist() == [0, 0]
+    assert not vector.any()
+
+
+def test_a_sample_that_is_not_finite_has_no_radius_and_spoils_no_other():
+    z = torch.ones(3, 5)
+    z[1, 2] = math.nan
+    radius = td.spectral_radius(lambda z: 2 * z + z * z, z)
+    assert radius[1].isnan()
+    torch.testing.assert_close(radius[::2], torch.full((2,), 4.0))
+
+
 def test_krylov_vectors_are_orthogonal():
     """Of a product that lies almost in the space, rounding leaves a part there: once is not enough."""
     scales = torch.logspace(0, -6, 30)

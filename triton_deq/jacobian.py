@@ -313,12 +313,9 @@ def _spectral_pair(pullback: Function, value: Tensor, z: Tensor, steps: int) -> 
     while steps > 0:
         basis, projection, left = _arnoldi(transposed, start, min(size, steps))
         steps -= basis.shape[1]
-        values, vectors = torch.linalg.eig(projection)
-        radius, largest = values.abs().max(dim=1)
-        chosen = vectors.gather(2, largest[:, None, None].expand(-1, vectors.shape[1], 1))[..., 0]
-        # The real part of a Ritz vector of a complex pair has both of the pair in its Krylov space.
-        start = (chosen.real[:, None] @ basis)[:, 0]
-        if (left * chosen[:, -1].abs() <= tolerance * radius).all():
+        radius, coefficients, beside = _largest(projection)
+        start = (coefficients[:, None] @ basis)[:, 0]
+        if (left * beside <= tolerance * radius).all():
             break
     return radius, start
 
@@ -347,6 +344,29 @@ def _arnoldi(product: Function, start: Tensor, size: int) -> tuple[Tensor, Tenso
         if k + 1 < size:
             basis[:, k + 1] = vector
     return basis, projection[:, :-1], projection[:, -1, -1]
+
+
+def _largest(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ρ of matrices H `[B, k, k]`, a unit v `[B, k]` that belongs to it, and `max(|v_k|, |(H v)_k| / ρ)`.
+
+    `ρ = lim ‖Hⁿ‖^(1/n)` (Gelfand), by squaring: at n = 2^24 what stands before ρⁿ is of no account. So all
+    matrices are multiplied at once, where a library takes the eigenvalues of one after another; and v, a
+    column of the last power, lies in the plane that belongs to a complex pair.
+    """
+    power = matrices.double()
+    logarithm = torch.zeros_like(power[:, :1, :1])
+    for doubling in range(24):
+        norm = torch.linalg.matrix_norm(power, keepdim=True)
+        logarithm = logarithm + norm.log() / 2**doubling
+        power = power / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        power = power @ power
+    radius = logarithm.exp()[:, 0, 0]
+    longest = torch.linalg.vector_norm(power, dim=1).argmax(dim=1)
+    vector = _normalise(power.gather(2, longest[:, None, None].expand(-1, power.shape[1], 1))[..., 0])[0]
+    last = (matrices[:, -1].double() * vector).sum(1) / radius.clamp_min(torch.finfo(radius.dtype).tiny)
+    beside = torch.maximum(vector[:, -1].abs(), last.abs())
+    dtype = matrices.dtype
+    return radius.to(dtype), vector.to(dtype), beside.to(dtype)
 
 
 def _beside(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,12 +105,14 @@ def functional_solve(
     for step in range(stopping.max_steps):
         fx = layout.rows(evaluate(f, layout.unrows(x), debug))
         improved, moving, progress = judge(progress, _square(fx, x), _square(fx), stopping)
-        best = torch.where(improved[:, None], x, best)
+        # Where the host looks and every sample goes on, the graph is spared two choices a step.
+        every = looks and bool((improved & moving).all())
+        best = x if every else torch.where(improved[:, None], x, best)
         traced.append(progress.residual)
-        if step + 1 == stopping.max_steps or (looks and not moving.any()):
+        if step + 1 == stopping.max_steps or (looks and not every and not moving.any()):
             break
-        following = mixing.following(x, fx)
-        x = torch.where(moving[:, None], following.to(x.dtype), x)
+        following = mixing.following(x, fx).to(x.dtype)
+        x = following if every else torch.where(moving[:, None], following, x)
 
     value = layout.unrows(best)
     return value, _solution(value, progress, step + 1, traced if trace else None)

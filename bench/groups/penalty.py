@@ -1,4 +1,7 @@
-"""The Jacobian penalty: what its estimate costs, and its gradient, beside one forward and backward of f."""
+"""The Jacobian penalty: what its estimate costs, and its gradient, beside one forward and backward of f.
+
+And the spectral radius, by as many products at most as TorchDEQ's power iteration takes.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -7,12 +10,15 @@ import torch
 from torch import Tensor
 
 import triton_deq as td
+from triton_deq.backend import ambient
 from triton_deq.timing import Call
 
 from ..cases import Case, Setting, Variant, ours
 from ..problems import Problem, make
 
 GROUP = "penalty"
+PRODUCTS = 100
+"""Of a spectral radius: TorchDEQ's default."""
 Estimate = Callable[[], Tensor]
 SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "tiny": [("dense", (2, 64))],
@@ -37,6 +43,8 @@ def cases(setting: Setting) -> Iterator[Case]:
             problem = make(kind, shape, setting.device, seed=setting.seed, grad=mode == "full")
             variants = tuple(_variants(setting, problem, mode))
             yield Case(GROUP, kind, mode, torch.float32, shape, variants)
+        problem = make(kind, shape, setting.device, seed=setting.seed)
+        yield Case(GROUP, kind, "radius", torch.float32, shape, tuple(_radii(setting, problem)))
 
 
 def _variants(setting: Setting, problem: Problem, mode: str) -> Iterator[Variant]:
@@ -85,3 +93,28 @@ def _torchdeq(problem: Problem, at: Tensor) -> Estimate:
         return jac_reg(problem.f(z), z, create_graph=keep)
 
     return estimate
+
+
+def _radii(setting: Setting, problem: Problem) -> Iterator[Variant]:
+    at = problem.z0 + 0.1
+
+    def ours_on(backend: str) -> Call:
+        def call() -> Tensor:
+            with ambient(backend):
+                return td.spectral_radius(problem.f, at, PRODUCTS)
+
+        return call
+
+    def torchdeq() -> Call:
+        from torchdeq.loss import power_method
+
+        def call() -> Tensor:
+            z = at.detach().requires_grad_()
+            return power_method(problem.f(z), z, n_iters=PRODUCTS)[1]
+
+        return call
+
+    yield Variant("bare f", lambda: torch.no_grad()(partial(_bare, problem, at)))
+    for name, backend in ours(setting):
+        yield Variant(name, partial(ours_on, backend), backend)
+    yield Variant("torchdeq", torchdeq)

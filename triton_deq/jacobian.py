@@ -371,7 +371,7 @@ def _largest(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _beside(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The part of each row `[B, N]` orthogonal to a basis `[B, k, N]`, and the overlaps `[B, k]`."""
-    overlap = (basis @ vector[..., None])[..., 0]
+    overlap = (vector[:, None] @ basis.mT)[:, 0]
     return torch.baddbmm(vector[:, None], overlap[:, None], basis, alpha=-1)[:, 0], overlap
 
 

@@ -77,9 +77,11 @@ def assert_within_bounds(rows):
 def test_the_reference_is_the_papers_formula(queries, memory, options, recorded):
     given = tensors(memory=memory, queries=queries)
     context = context_of(given, **options)
-    with torch.set_grad_enabled(recorded):
-        found = reference.attention(*given[:3], context)
-    torch.testing.assert_close(found, by_loops(*given[:3], context), rtol=1e-6, atol=1e-6)
+    wanted = by_loops(*given[:3], context)
+    given[0].requires_grad_(recorded)
+    found = reference.attention(*given[:3], context)
+    assert found.requires_grad == recorded
+    torch.testing.assert_close(found.detach(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_without_biases_and_positions_it_is_pytorchs_attention():

@@ -212,10 +212,11 @@ def test_the_reference_without_gradients_is_the_one_with(scaled, dtype):
     vectors = torch.randn(2, *x.shape).to(dtype)
     results = []
     for recorded in (True, False):
-        with torch.set_grad_enabled(recorded):
-            _, normal, inverse = given = reference.norm(x, branch, mask, gain, offset, 0.1)
-            product = reference.norm_vjp(vectors, normal, inverse, gain)
-            results.append((*given, product, reference.norm_vjp(vectors[0, :0], normal[:0], inverse[:0])))
+        x.requires_grad_(recorded)
+        _, normal, inverse = given = reference.norm(x, branch, mask, gain, offset, 0.1)
+        product = reference.norm_vjp(vectors, normal, inverse, gain)
+        results.append((*given, product, reference.norm_vjp(vectors[0, :0], normal[:0], inverse[:0])))
+    assert product.grad_fn is None
     torch.testing.assert_close(*results)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import tracked
 from .jacobian import uniform
 
 
@@ -133,7 +134,7 @@ def _by_key(by_distance: Tensor) -> Tensor:
     In the places of keys that come after the query, distances below 0, stands what the next query has.
     """
     queries, keys = by_distance.shape[-2:]
-    if torch.is_grad_enabled():  # the gradient of rows that overlap is slow
+    if tracked(by_distance):  # the gradient of rows that overlap is slow
         by_distance = torch.cat([by_distance.new_zeros(*by_distance.shape[:-1], 1), by_distance], -1)
         return by_distance.flatten(-2)[..., queries:].unflatten(-1, (queries, keys))
     return by_distance.flatten(-2)[..., queries - 1 :].unfold(-1, keys, max(keys - 1, 1))

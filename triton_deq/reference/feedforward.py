@@ -17,12 +17,16 @@ NARROW = 512
 
 def feedforward(s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
     """h `[..., N]` from s `[..., K]`, weight `[N, K]`, bias `[N]` and m, which broadcasts to h."""
-    if mask is None and not tracked() and _by_onednn(s, weight, bias):
+    recorded = tracked(s, weight, bias, mask)
+    if mask is None and not recorded and _by_onednn(s, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(s, weight, bias.to(weight.dtype), "relu", [], "")
-    inner = functional.linear(s, weight, bias)
-    if tracked():  # a gradient through a view that was written to is copied, and copied again
-        return (inner if mask is None else inner * mask).relu()
-    return (inner if mask is None else inner.mul_(mask)).relu_()  # the mask is not negative
+    # Of rows, since through a view that was written into, autograd copies the whole gradient twice.
+    inner = functional.linear(s.reshape(-1, s.shape[-1]), weight, bias)
+    shape = *s.shape[:-1], len(weight)
+    if mask is None:
+        return inner.relu_().view(shape)
+    inner = inner.view(shape)
+    return (inner * mask if recorded else inner.mul_(mask)).relu_()  # the mask is not negative
 
 
 def _by_onednn(s: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -39,7 +43,7 @@ def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor) -> Tensor:
     In V's dtype: a forward under autocast has a backward that is not.
     """
     product = vector.to(matrix.dtype) @ matrix
-    return gated(product, inner) if tracked() else gated(product, inner, out=product)
+    return gated(product, inner) if tracked(product) else gated(product, inner, out=product)
 
 
 def gated(vector: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def norm(
     total = x.to(wide)
     if branch is not None:
         total = total + (branch.to(wide) if mask is None else branch.to(wide) * mask.to(wide))
-    if tracked():
+    if tracked(x, branch, mask):
         centred = total - total.mean(-1, keepdim=True)
         inverse = (centred.square().mean(-1, keepdim=True) + epsilon).rsqrt()
         normal = centred * inverse
@@ -63,7 +63,7 @@ def norm_vjp(vector: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor | Non
     g, n = vector.to(wide), normal.to(wide)
     if gain is not None:
         g = g * gain.to(wide)
-    if not tracked():
+    if not tracked(vector, normal, inverse, gain):
         return (_centred(g, n) * inverse).to(vector.dtype)
     along = (g * n).mean(-1, keepdim=True)
     return (inverse * (g - g.mean(-1, keepdim=True) - n * along)).to(vector.dtype)

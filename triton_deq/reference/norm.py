@@ -61,18 +61,18 @@ def norm_vjp(vector: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor | Non
     """The gradient of `⟨vector, value⟩` in s: `(g − mean(g) − n mean(g n)) / σ` with `g = γ ⊙ vector`."""
     wide = inverse.dtype
     g, n = vector.to(wide), normal.to(wide)
-    if gain is not None:
-        g = g * gain.to(wide)
+    gain = None if gain is None else gain.to(wide)
     if not tracked(vector, normal, inverse, gain):
-        return (_centred(g, n) * inverse).to(vector.dtype)
+        return _centred(g, n, gain).mul_(inverse).to(vector.dtype)
+    g = g if gain is None else g * gain
     along = (g * n).mean(-1, keepdim=True)
     return (inverse * (g - g.mean(-1, keepdim=True) - n * along)).to(vector.dtype)
 
 
-def _centred(g: Tensor, normal: Tensor) -> Tensor:
+def _centred(vector: Tensor, normal: Tensor, gain: Tensor | None) -> Tensor:
     """`g − mean(g) − n mean(g n)` by PyTorch's own LayerNorm, for which n are rows of mean 0 and σ 1."""
-    g, normal = torch.broadcast_tensors(g, normal)
-    mean = g.new_zeros(*g.shape[:-1], 1)
+    vector, normal = torch.broadcast_tensors(vector, normal)
+    mean = vector.new_zeros(*vector.shape[:-1], 1)
     backward = torch.ops.aten.native_layer_norm_backward
     of_rows = (True, False, False)
-    return backward(g, normal, g.shape[-1:], mean, torch.ones_like(mean), None, None, of_rows)[0]
+    return backward(vector, normal, vector.shape[-1:], mean, torch.ones_like(mean), gain, None, of_rows)[0]

@@ -536,11 +536,14 @@ class AttentionFunction(torch.autograd.Function):
         evaluated = attention_fwd(q, k, v, context)
         ctx.save_for_backward(q, k, v, *parameters, context.seed, evaluated.value, evaluated.sums)
         ctx.mark_non_differentiable(evaluated.sums)
+        ctx.set_materialize_grads(False)  # or the sums get a gradient of zeros
         ctx.options = _options(context)
         return evaluated.value, evaluated.sums
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor):
+    def backward(ctx, grad: Tensor | None, _: None):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, seed, value, sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             return *_by_operators(reference.attention, grad, tensors, ctx.options, seed), None

@@ -113,27 +113,6 @@ def compiled_serves(requested: str, tensor: Tensor, *others: Tensor | None) -> b
     return all(lies_at_its_address(each) and each.device.type == "cpu" for each in there)
 
 
-def onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's own operators, which have no derivatives, can take the place of PyTorch's on a CPU.
-
-    While a dispatch mode is entered, which is there to see PyTorch's, those run.
-    """
-    plain = lies_at_its_address(x) and lies_at_its_address(weight)
-    kind = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _onednn_dtypes()
-    ready = bool(torch.backends.mkldnn.enabled) and not is_in_torch_dispatch_mode()
-    return plain and kind and ready and x.numel() > 0
-
-
-@cache
-def _onednn_dtypes() -> set[torch.dtype]:
-    """What oneDNN computes with, if PyTorch has it with these operators."""
-    names = "_reorder_convolution_weight", "_convolution_pointwise", "_linear_pointwise"
-    operators = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not all(hasattr(operators, name) for name in names):
-        return set()
-    return {torch.float32} | ({torch.bfloat16} if operators._is_mkldnn_bf16_supported() else set())
-
-
 def lies_at_its_address(tensor: Tensor) -> bool:
     """Whether a tensor's entries stand in memory from `data_ptr()` on: not so of a wrapper."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()

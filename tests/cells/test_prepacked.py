@@ -14,7 +14,7 @@ from triton_deq import backend as backends
 from triton_deq.cells import mdeq_layers, prepacked
 from triton_deq.cells.prepacked import Prepacked
 
-pytestmark = pytest.mark.skipif(not backends._onednn_dtypes(), reason="PyTorch has no oneDNN here")
+pytestmark = pytest.mark.skipif(not prepacked._AVAILABLE, reason="PyTorch has no oneDNN here")
 
 
 @pytest.fixture(autouse=True)

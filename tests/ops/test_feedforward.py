@@ -1,17 +1,14 @@
 """A hidden layer and its gradient: kernels against float64, float64 against PyTorch and autograd."""
 
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
-from torch.utils.flop_counter import FlopCounterMode
 
 from triton_deq import backend as backends
 from triton_deq.ops import feedforward as op
-from triton_deq.reference import feedforward as reference
 from triton_deq.verification import BOUNDS, Case, check_feedforward
 from triton_deq.verification.case import relative_error
 
@@ -181,34 +178,3 @@ def test_under_autocast_the_kernel_runs(device, launches):
     assert launches == ["feedforward_kernel"]
     assert value.dtype == torch.bfloat16
     assert backends.choose(s, "triton")[0] == "triton"
-
-
-CASES = "small", "float32", "bfloat16", "double", "wide", "masked", "recorded", "watched"
-
-
-@pytest.mark.skipif(not backends._onednn_dtypes(), reason="PyTorch has no oneDNN here")
-@pytest.mark.parametrize("case", CASES)
-def test_a_large_layer_on_a_cpu_is_one_product_with_the_relu_in_it(case, monkeypatch):
-    narrow = case == "bfloat16"
-    dtype = torch.bfloat16 if narrow else torch.float64 if case == "double" else torch.float32
-    if narrow and dtype not in backends._onednn_dtypes():
-        pytest.skip("oneDNN has no bfloat16 on this processor")
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    monkeypatch.setattr(reference, "NARROW", 4 if case == "wide" else 5)
-    monkeypatch.setattr(reference, "LARGE", 43 if case == "small" else 42)
-    s, weight, bias, mask = (each.detach().to(dtype) for each in tensors())
-    bias = bias.float() if narrow else bias  # as a parameter is, under autocast
-    calls, operator = [], torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(given) or operator(*given)
-    )
-    seen = FlopCounterMode(display=False) if case == "watched" else nullcontext()
-    weight.requires_grad_(case == "recorded")
-    with seen:
-        value = op.feedforward(s.mT.contiguous().mT, weight, bias, mask if case == "masked" else None)
-    assert len(calls) == (case in ("float32", "bfloat16"))
-    assert value.dtype == dtype
-    before = linear(s.double(), weight.detach().double(), bias.double())
-    before = before * mask if case == "masked" else before
-    bound = 2e-2 if narrow else 1e-5
-    torch.testing.assert_close(value.detach().double(), before.relu(), rtol=bound, atol=bound)

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..backend import onednn_serves
+from ..backend import lies_at_its_address
 
 LARGE = 1 << 17
 """From how many entries of a weight on oneDNN is faster than PyTorch's own convolution of a single map."""
@@ -39,7 +40,17 @@ class Prepacked:
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    return (len(x) > 1 or weight.numel() >= LARGE) and onednn_serves(x, weight)
+    plain = lies_at_its_address(x) and lies_at_its_address(weight)
+    kind = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _DTYPES
+    if not (plain and kind and _AVAILABLE and torch.backends.mkldnn.enabled and x.numel()):
+        return False
+    return (len(x) > 1 or weight.numel() >= LARGE) and not is_in_torch_dispatch_mode()
 
 
 _ONEDNN: Any = torch.ops.mkldnn
+_AVAILABLE = torch.backends.mkldnn.is_available() and all(
+    hasattr(_ONEDNN, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise")
+)
+_DTYPES = {torch.float32}
+if _AVAILABLE and _ONEDNN._is_mkldnn_bf16_supported():
+    _DTYPES.add(torch.bfloat16)

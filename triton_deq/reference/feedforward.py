@@ -7,19 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backend import lies_at_its_address, onednn_serves, tracked
-
-LARGE = 1 << 17
-"""From how many entries of h on oneDNN is the faster on a CPU, whose product has the relu in it."""
-NARROW = 512
-"""Up to how many columns of a float32 matrix; wider ones take longer than the pass that is spared."""
+from ..backend import tracked
 
 
 def feedforward(s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
     """h `[..., N]` from s `[..., K]`, weight `[N, K]`, bias `[N]` and m, which broadcasts to h."""
     recorded = tracked(s, weight, bias, mask)
-    if mask is None and not recorded and _by_onednn(s, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(s, weight, bias.to(weight.dtype), "relu", [], "")
     # Of rows, since through a view that was written into, autograd copies the whole gradient twice.
     inner = functional.linear(s.reshape(-1, s.shape[-1]), weight, bias)
     shape = *s.shape[:-1], len(weight)
@@ -27,12 +20,6 @@ def feedforward(s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = N
         return inner.relu_().view(shape)
     inner = inner.view(shape)
     return (inner * mask if recorded else inner.mul_(mask)).relu_()  # the mask is not negative
-
-
-def _by_onednn(s: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    rows, width = s.numel() // max(s.shape[-1], 1), len(weight)
-    pays = rows * width >= LARGE and (weight.dtype == torch.bfloat16 or weight.shape[-1] <= NARROW)
-    return pays and onednn_serves(s, weight) and lies_at_its_address(bias)
 
 
 def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor) -> Tensor:

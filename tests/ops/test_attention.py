@@ -311,7 +311,21 @@ def test_a_product_may_reuse_an_evaluation(backend, device):
     evaluated = op.attention_evaluated(*given[:3], context, backend)
     assert isinstance(evaluated, op.Weighted if backend == "reference" else op.Evaluated)
     found = op.attention_vjp(vector, *given[:3], context, backend, evaluated)
-    torch.testing.assert_close(found, reference.attention_vjp(vector, *given[:3], context))
+    wanted = reference.attention_vjp(vector, *given[:3], context)
+    torch.testing.assert_close(found, wanted)
+    if backend == "reference":  # it is indeed what the product is made of
+        broken = evaluated._replace(weights=torch.zeros_like(evaluated.weights))
+        assert not op.attention_vjp(vector, *given[:3], context, backend, broken).any()
+
+
+@kernels
+def test_an_evaluation_of_another_backend_is_not_taken(device):
+    given = tensors(device=device)
+    context, vector = context_of(given), torch.randn_like(given[0])
+    for one, other in (("triton", "reference"), ("reference", "triton")):
+        evaluated = op.attention_evaluated(*given[:3], context, one)
+        found = op.attention_vjp(vector, *given[:3], context, other, evaluated)
+        torch.testing.assert_close(found, op.attention_vjp(vector, *given[:3], context, other))
 
 
 def test_a_product_that_is_differentiated_does_not_take_an_evaluation_that_was_not(backend, device):
@@ -333,6 +347,7 @@ def test_an_evaluations_value_is_differentiable(backend, device):
     given = leaves(device=device)
     evaluated = op.attention_evaluated(*given[:3], context_of(given), backend)
     present = [each for each in given if each is not None]
+    assert backend == "reference" or not evaluated.sums.requires_grad
     found = torch.autograd.grad(evaluated.value.square().sum(), present)
     wanted = torch.autograd.grad(reference.attention(*given[:3], context_of(given)).square().sum(), present)
     torch.testing.assert_close(found, wanted)

@@ -250,6 +250,23 @@ def test_a_penalty_on_the_product(backend, device):
     torch.testing.assert_close(*grads)
 
 
+def test_a_penalty_with_a_probe_that_has_no_gradient(backend, device):
+    x, *_ = tensors(device=device)
+    probe = torch.randn_like(x)
+    grads = []
+    for norm, norm_vjp in (
+        (lambda *a: op.norm(*a, backend=backend), lambda *a: op.norm_vjp(*a, backend=backend)),
+        (reference.norm, reference.norm_vjp),
+    ):
+        _, normal, inverse = norm(x)
+        grads.append(torch.autograd.grad(norm_vjp(probe, normal, inverse).square().sum(), x)[0])
+    value = layer_norm(x, x.shape[-1:])
+    (product,) = torch.autograd.grad(value, x, probe, create_graph=True)
+    grads.append(torch.autograd.grad(product.square().sum(), x)[0])
+    for found in grads[:2]:
+        torch.testing.assert_close(found, grads[2])
+
+
 @kernels
 @pytest.mark.parametrize("blocks", ["one", "many"])
 def test_large_means_cost_no_accuracy(blocks, monkeypatch, device):

@@ -58,6 +58,26 @@ def test_derivatives_of_any_order(which, backend, device):
     assert gradgradcheck(values, leaves)
 
 
+def test_a_gradient_is_the_same_if_it_is_to_be_differentiated(backend, device):
+    v, g, *_ = (each.detach().requires_grad_() for each in drawn((5, 7), device)[:2])
+    (value,) = op.weightnorm_each([Weight(v, g)], backend=backend)
+    vector = torch.randn_like(value)
+    once = torch.autograd.grad(value, (v, g), vector, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(value, (v, g), vector, create_graph=True), once)
+
+
+def test_transforms_see_ordinary_operators(backend, device):
+    v, g = (each.detach() for each in drawn((5, 7), device)[:2])
+
+    def norm(v):
+        return op.weightnorm_each([Weight(v, g)], backend=backend)[0].square().sum()
+
+    wanted = v.clone().requires_grad_()
+    norm(wanted).backward()
+    torch.testing.assert_close(torch.func.grad(norm)(v), wanted.grad)
+    torch.testing.assert_close(torch.func.jvp(norm, (v,), (v,))[1], (wanted.grad * v).sum())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("normed", [False, True])
 def test_zeros_behind_and_another_dtype(normed, dtype, backend, device):

@@ -180,3 +180,21 @@ def test_unrolled_takes_the_same_iterates(solver, norm_over):
     torch.testing.assert_close(solution.trace, solved.trace, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(unrolled.detach(), solved.value)
     assert torch.equal(solution.steps, solved.steps)
+
+
+def test_unrolled_keeps_the_best_iterate_where_later_ones_are_worse():
+    """Residuals fall at first and grow then, in every sample at once."""
+    steps = torch.tensor([0.9, 0.2, 3.0, 2.0], dtype=torch.float64)
+
+    def function():
+        taken = iter(steps)
+        return lambda z: z + next(taken) * torch.ones_like(z)
+
+    options = {"tol": 0.0, "max_steps": 4, "residual": "absolute", "backend": "reference"}
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    value, solution = td.fixed_point(
+        function(), z0, td.Picard(), gradient=td.UnrolledGradient(), return_solution=True, **options
+    )
+    torch.testing.assert_close(value, torch.full_like(z0, 0.9))
+    torch.testing.assert_close(solution.residual, torch.full((2,), 0.2 * 3**0.5, dtype=torch.float64))
+    torch.testing.assert_close(td.solve(function(), z0, td.Picard(), **options).value, value)

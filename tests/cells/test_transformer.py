@@ -15,6 +15,7 @@ from tests.counters import Counter
 from triton_deq.backend import ambient
 from triton_deq.cells.transformer import Memory
 from triton_deq.deq import Injected
+from triton_deq.reference import attention as attention_reference
 from triton_deq.verification.case import relative_error
 
 BATCH, LENGTH, PAST, WIDTH, HEADS, HEAD = 2, 5, 3, 8, 2, 3
@@ -341,3 +342,16 @@ def test_bad_input_is_named():
     cell.up = nn.Sequential(cell.up)
     with pytest.raises(TypeError, match="'up' of the cell was replaced"):
         cell.inject(x)
+
+
+def test_products_take_the_attention_that_was_evaluated(monkeypatch):
+    calls, evaluate = [], attention_reference.attention_evaluated
+    monkeypatch.setattr(
+        attention_reference, "attention_evaluated", lambda *given: calls.append(1) or evaluate(*given)
+    )
+    cell, x, z = cell_and_input()
+    with ambient("reference"), torch.no_grad():
+        value, pullback = cell.vjp(z, cell.inject(x))
+        for _ in range(2):
+            pullback(torch.randn_like(value))
+    assert len(calls) == 1

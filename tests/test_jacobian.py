@@ -420,6 +420,18 @@ def test_spectral_radius_of_a_rotation():
     torch.testing.assert_close(radius, torch.full((3,), 0.9, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("steps", [21, 29])
+def test_a_few_products_more_spoil_no_complex_pair(steps):
+    """The space of one vector has none, and knows less than the one before."""
+    turn = torch.tensor([[0.0, -1], [1, 0]], dtype=torch.float64)
+    scales = torch.linspace(0.8, 1, 30, dtype=torch.float64)
+    matrix = torch.block_diag(*(turn * scale for scale in scales))
+    z = torch.ones(1, 60, dtype=torch.float64)
+    found, wanted = (td.spectral_radius(lambda z: z @ matrix.T, z, taken) for taken in (steps, 20))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert 0.95 < wanted.item() < 1.0001
+
+
 def test_spectral_radius_of_complex_pairs_among_many():
     blocks = [torch.tensor([[0.1 * k, -0.5], [0.5, 0.1 * k]], dtype=torch.float64) for k in range(20)]
     mix = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
@@ -450,8 +462,8 @@ def test_spectral_radius_ends_when_it_knows():
     torch.testing.assert_close(td.spectral_radius(Counted(apart), z), torch.full_like(z[:, 0], 0.9))
     assert len(products) in (20, 40)
     products.clear()
-    td.spectral_radius(Counted(values), z, steps=45)  # whose largest are close to each other
-    assert len(products) == 45
+    td.spectral_radius(Counted(values), z, steps=50)  # whose largest are close to each other
+    assert len(products) == 50
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

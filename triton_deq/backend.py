@@ -177,12 +177,14 @@ def transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+
+
 def tracked(*tensors: Tensor | None) -> bool:
     """Whether a graph may be made of what is computed now, so that nothing may be written into a place.
 
     tensors: all that it is computed from, if that is known.
     """
-    if transformed():
-        return True
-    recorded = len(tensors) == 0 or any(each is not None and each.requires_grad for each in tensors)
-    return recorded and torch.is_grad_enabled()
+    return transformed() or (recorded(*tensors) if len(tensors) else torch.is_grad_enabled())

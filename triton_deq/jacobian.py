@@ -310,9 +310,10 @@ def _spectral_pair(pullback: Function, value: Tensor, z: Tensor, steps: int) -> 
     size = min(entries, 20)
     tolerance = torch.finfo(wide).eps ** 0.5
     radius = z.new_zeros(batch, dtype=wide)
-    while steps > 0:
-        basis, projection, left = _arnoldi(transposed, start, min(size, steps))
-        steps -= basis.shape[1]
+    for first in range(0, steps, size):
+        if first > 0 and steps - first < size / 2:  # of a small space: what is known is better
+            break
+        basis, projection, left = _arnoldi(transposed, start, min(size, steps - first))
         radius, coefficients, beside = _largest(projection)
         start = (coefficients[:, None] @ basis)[:, 0]
         if (left * beside <= tolerance * radius).all():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import recorded
 from ..reference import attention as reference
 from ..reference.attention import Context, Weighted
 from ..reference.record import accumulate_dtype
@@ -67,7 +68,7 @@ def attention_evaluated(
     if not _served(q, k, v, context, backend):
         return reference.attention_evaluated(q, k, v, context)
     tensors = (q, k, v, *_parameters(context))
-    if _recorded(*tensors):
+    if recorded(*tensors):
         return Evaluated(*AttentionFunction.apply(*tensors, context))
     return attention_fwd(q, k, v, context)
 
@@ -88,8 +89,8 @@ def attention_vjp(
     Args:
         vector: `[B, T, H, d]`, of q's dtype.
         q, k, v, context, backend: as in `attention`.
-        evaluated: of `attention_evaluated` with the same arguments; by default computed here. Where gradients
-            are recorded, it has to have been recorded, too.
+        evaluated: of `attention_evaluated` with the same arguments; by default, or where it lacks a graph
+            that is needed, computed here.
     """
     _check(q, k, v, context)
     if vector.shape != q.shape:
@@ -98,12 +99,12 @@ def attention_vjp(
         )
     if not _served(q, k, v, context, backend, vector):
         known = evaluated if isinstance(evaluated, Weighted) else None
-        if known is not None and _recorded(q, k, v, *_parameters(context)) and not known.value.requires_grad:
+        if known is not None and recorded(q, k, v, *_parameters(context)) and not known.value.requires_grad:
             known = None  # no gradient would find its way back from it
         return reference.attention_vjp(vector, q, k, v, context, known)
     given = evaluated if isinstance(evaluated, Evaluated) else None
     tensors = (vector, q, k, v, *_parameters(context))
-    if _recorded(*tensors):
+    if recorded(*tensors):
         return AttentionVJPFunction.apply(*tensors, context, given)
     return states_gradients(vector, q, k, v, context, given)
 
@@ -178,10 +179,6 @@ def _served(
     q: Tensor, k: Tensor, v: Tensor, context: Context, backend: str, vector: Tensor | None = None
 ) -> bool:
     return kernels_serve(q, backend, k, v, *_parameters(context), vector, autocast=True)
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def _parameters(context: Context) -> tuple[Tensor | None, ...]:

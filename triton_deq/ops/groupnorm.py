@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import compiled_serves, transformed
+from ..backend import compiled_serves, recorded, transformed
 from ..checks import check_count, check_number
 from ..reference import groupnorm as reference
 from ..reference.groupnorm import Gradients, Normalised
@@ -119,7 +119,7 @@ def groupnorm_each(
     for given in maps:
         _check(given)
     together = _together([given.x for given in maps], backend)
-    if together and not any(_differentiated(each.inputs) for each in maps):
+    if together and not any(recorded(*each.inputs) for each in maps):
         found = groupnorm_fwd(maps, statistics)
     elif len(maps) == 1:  # of which that is known already
         found = [_evaluated(maps[0], backend, statistics, together)]
@@ -137,7 +137,7 @@ def _evaluated(given: Map, backend: str, statistics: bool, served: bool) -> tupl
     if not served and (transformed() or given.x.numel() == 0):
         value, mean, inverse = reference.groupnorm(*given[:9])
         return (value if given.out is None else given.out.copy_(value)), mean, inverse
-    if _differentiated(given.inputs):
+    if recorded(*given.inputs):
         return GroupNormFunction.apply(
             *given.inputs, given.groups, given.relu, given.epsilon, served, backend
         )
@@ -201,7 +201,7 @@ def groupnorm_vjp_each(
                 f"vector has shape {tuple(vector.shape)}, the value has {tuple(of.x.shape)}: give a vector "
                 "of that shape"
             )
-    tracked = any(_differentiated((vector, *of[:4])) for vector, of in pairs)
+    tracked = any(recorded(vector, *of[:4]) for vector, of in pairs)
     if _together(vectors, backend) and not tracked:
         return [(found.x, found.other) for found in groupnorm_vjp_fwd(vectors, held, outs=outs)]
     products = [_pulled(*pair, backend) for pair in pairs]
@@ -218,7 +218,7 @@ def _pulled(vector: Tensor, held: Normalised, backend: str) -> tuple[Tensor, Ten
     served = kernels_serve(vector, backend, autocast=True)
     if not served and (transformed() or vector.numel() == 0):
         return reference.groupnorm_vjp(vector, held)
-    if _differentiated((vector, *held[:4])):
+    if recorded(vector, *held[:4]):
         return GroupNormVJPFunction.apply(vector, *held, served)
     found = _vjp_of(served, vector, held)
     return found.x, found.other
@@ -234,10 +234,6 @@ def _together(maps: Sequence[Tensor], backend: str) -> bool:
     """Whether the kernels serve all of these alike."""
     served = len(maps) > 0 and kernels_serve(maps[0], backend, *maps[1:], autocast=True)
     return served and all(x.numel() for x in maps)
-
-
-def _differentiated(inputs: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
 # ------------------------------------------------------------------------------------------- the launches

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import recorded
 from ..checks import check_number
 from ..reference import norm as reference
 from ..reference.record import accumulate_dtype
@@ -56,7 +57,7 @@ def norm(
     """
     _check(x, branch, mask, gain, offset, epsilon)
     served = _served(x, backend, mask, branch, gain, offset)
-    if not served or _recorded(x, branch, mask, gain, offset):
+    if not served or recorded(x, branch, mask, gain, offset):
         branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
         if not served:
             return reference.norm(x, branch, mask, gain, offset, epsilon)
@@ -92,7 +93,7 @@ def norm_value(
         raise ValueError("also with a gain: the kernel would leave the value before it there; copy the value")
     served = _served(x, backend, mask, branch, gain, offset)
     fit = all(place is None or _apart(place) for place in (out, also))
-    if served and fit and not _recorded(x, branch, mask, gain, offset):
+    if served and fit and not recorded(x, branch, mask, gain, offset):
         out = x.new_empty(x.shape, dtype=dtype or x.dtype) if out is None else out
         return norm_fwd(x, branch, mask, gain, offset, epsilon, out, also)
     branch, mask, gain, offset = (_widened(each, x.dtype) for each in (branch, mask, gain, offset))
@@ -126,7 +127,7 @@ def norm_vjp(
     wide = inverse.dtype == accumulate_dtype(vector.dtype) and inverse.device == vector.device
     if not (wide and kernels_serve(vector, backend, normal, gain, autocast=True)):
         return reference.norm_vjp(vector, normal, inverse, gain)
-    if _recorded(vector, normal, inverse, gain):
+    if recorded(vector, normal, inverse, gain):
         return NormVJPFunction.apply(vector, normal, inverse, gain)
     return norm_vjp_fwd(vector, normal, inverse, gain)[0]
 
@@ -171,7 +172,7 @@ def norm_vjps(
     dtype = dtype or normal.dtype
     fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
     served = fit and _served(normal, backend, mask, vector, more)
-    if not served or _recorded(vector, normal, inverse, more, mask):
+    if not served or recorded(vector, normal, inverse, more, mask):
         total = vector if more is None else vector + more
         value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
         branch_value = (value if mask is None else value * mask).to(dtype)
@@ -410,10 +411,6 @@ class NormVJPFunction(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------ shapes and their checks
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def _served(x: Tensor, backend: str, mask: Tensor | None, *others: Tensor | None) -> bool:

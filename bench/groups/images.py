@@ -13,10 +13,10 @@ from torch import Tensor
 
 import triton_deq as td
 from triton_deq.backend import ambient
-from triton_deq.deq import Injected
 from triton_deq.models import IMAGE_CONFIGURATIONS, MDEQClassifier, MDEQConfiguration
 from triton_deq.timing import Call
 
+from .. import layers
 from ..cases import Case, Setting, Solved, Variant, kernels_alone
 from ..peers.mdeq import PlainMDEQ
 
@@ -76,8 +76,9 @@ def cases(setting: Setting) -> Iterator[Case]:
         def case(op: str, mode: str, variants: Iterator[Variant], size: Size = size) -> Case:
             return Case(GROUP, f"{size.config} {op}", mode, size.dtype, size.shape, tuple(variants))
 
-        yield case("layer", "forward", _layers(setting, size, _evaluate))
-        yield case("layer", "full", _layers(setting, size, _differentiate))
+        beside_plain = partial(layers.variants, setting, partial(_layer, setting, size))
+        yield case("layer", "forward", beside_plain(layers.evaluate))
+        yield case("layer", "full", beside_plain(layers.differentiate))
         yield case("penalty", "full", _penalties(setting, size))
         for mode in ("inference", "training"):
             yield case("model", mode, _models(setting, size, mode))
@@ -86,109 +87,35 @@ def cases(setting: Setting) -> Iterator[Case]:
 # ------------------------------------------------------------------------------------- one evaluation of f
 
 
-@dataclass(frozen=True)
-class Given:
-    """A model, the features of random images, a state, and how to run."""
-
-    model: MDEQClassifier
-    features: Tensor
-    z: Tensor
-    autocast: Callable[[], torch.autocast]
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.z, *self.model.cell.parameters()]
+def _layer(setting: Setting, size: Size) -> layers.Layer:
+    """The features of random images, and a state."""
+    model = _model(setting, size).eval()
+    with setting.device, torch.no_grad():
+        features = model.stem(_images(size))
+        z = torch.randn_like(model.cell.initial_state(model.cell.inject(features)))
+    plainly = partial(PlainMDEQ, model.cell, features.contiguous())
+    return layers.Layer(model.cell, features, z.requires_grad_(), plainly, partial(_autocast, setting, size))
 
 
-Evaluation = Callable[[Given, bool], Call]
-"""From what is given, and whether the layer is the plain one, to what is timed."""
+def _model(setting: Setting, size: Size, **options: Any) -> MDEQClassifier:
+    torch.manual_seed(setting.seed)
+    with setting.device:
+        return MDEQClassifier(size.configuration, **options)
 
 
-def _layers(setting: Setting, size: Size, evaluation: Evaluation) -> Iterator[Variant]:
-    for name, backend in kernels_alone(setting):
-        yield Variant(name, partial(_prepare, setting, size, evaluation, backend, False), backend)
-    yield Variant("plain layer", partial(_prepare, setting, size, evaluation, "reference", True))
+def _images(size: Size) -> Tensor:
+    return torch.randn(size.shape).contiguous(memory_format=torch.channels_last)
+
+
+def _autocast(setting: Setting, size: Size) -> torch.autocast:
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=size.narrow)
 
 
 def _penalties(setting: Setting, size: Size) -> Iterator[Variant]:
-    yield from _layers(setting, size, _penalise)
-    yield Variant("bare f", partial(_prepare, setting, size, _differentiate, "auto", False))
-    yield Variant("bare f plain", partial(_prepare, setting, size, _differentiate, "reference", True))
-
-
-def _prepare(setting: Setting, size: Size, evaluation: Evaluation, backend: str, plain: bool) -> Call:
-    call = evaluation(_given(setting, size), plain)
-
-    def run() -> object:
-        with ambient(backend):
-            return call()
-
-    return run
-
-
-def _given(setting: Setting, size: Size) -> Given:
-    torch.manual_seed(setting.seed)
-    with setting.device:
-        model = MDEQClassifier(size.configuration).eval()
-        images = torch.randn(size.shape).contiguous(memory_format=torch.channels_last)
-    autocast = partial(torch.autocast, setting.device.type, torch.bfloat16, enabled=size.narrow)
-    with torch.no_grad():
-        features = model.stem(images)
-        z = torch.randn_like(model.cell.initial_state(model.cell.inject(features)))
-    return Given(model, features, z.requires_grad_(), autocast)
-
-
-def _evaluate(given: Given, plain: bool) -> Call:
-    """As the loop of a solver does it: what is computed once a solve is there."""
-    cell, z = given.model.cell, given.z.detach()
-    with torch.no_grad(), given.autocast():
-        u = cell.inject(given.features)
-        f, out = PlainMDEQ(cell, given.features.contiguous()), torch.empty_like(z)
-
-    def call() -> Tensor:
-        with torch.no_grad(), given.autocast():
-            if plain:
-                return f(z)
-            cell.write(z, u, out)
-            return out
-
-    return call
-
-
-def _differentiate(given: Given, plain: bool) -> Call:
-    """With the gradients of all parameters and of z."""
-
-    def call() -> tuple[Tensor, ...]:
-        with given.autocast():
-            f = _function(given, plain)
-            value = f(given.z)
-        return torch.autograd.grad(value.square().mean(), given.leaves)
-
-    return call
-
-
-def _penalise(given: Given, plain: bool) -> Call:
-    """The same with one probe's Jacobian penalty: from the layer's own product, or by double backward."""
-
-    def call() -> tuple[Tensor, ...]:
-        with given.autocast():
-            f = _function(given, plain)
-            if plain:
-                value = f(given.z)
-                probe = torch.randn_like(value)
-                (product,) = torch.autograd.grad(value, given.z, probe, create_graph=True)
-            else:
-                value, pullback = f.vjp(given.z)
-                product = pullback(torch.randn_like(value))
-        loss = value.square().mean() + product.square().sum() / product.numel()
-        return torch.autograd.grad(loss, given.leaves)
-
-    return call
-
-
-def _function(given: Given, plain: bool) -> Any:
-    cell = given.model.cell
-    return PlainMDEQ(cell, given.features) if plain else Injected(cell, cell.inject(given.features))
+    make = partial(_layer, setting, size)
+    yield from layers.variants(setting, make, layers.penalise)
+    yield Variant("bare f", partial(layers.prepare, make, layers.differentiate, "auto", False))
+    yield Variant("bare f plain", partial(layers.prepare, make, layers.differentiate, "reference", True))
 
 
 # ------------------------------------------------------------------------------------------- whole models
@@ -206,7 +133,9 @@ def _models(setting: Setting, size: Size, mode: str) -> Iterator[Variant]:
         yield Variant(f"{name} broyden", partial(step, setting, size, mode, backend, broyden), backend)
     yield Variant("plain layer, textbook", partial(_plain_step, setting, size, mode))
     if mode == "inference":
-        yield Variant("bare f", partial(_prepare, setting, size, _evaluate_often, "auto", False))
+        yield Variant(
+            "bare f", partial(layers.prepare, partial(_layer, setting, size), _evaluate_often, "auto", False)
+        )
 
 
 def step(
@@ -219,10 +148,7 @@ def step(
     state_dtype: torch.dtype | None = None,
 ) -> Call:
     """Inference or a training step of the model; graph: both solves in CUDA graphs."""
-    given = _given(setting, size)
-    model = MDEQClassifier(size.configuration, solver=solver, graph=graph, state_dtype=state_dtype)
-    model.to(setting.device)
-    model.load_state_dict(given.model.state_dict())
+    model = _model(setting, size, solver=solver, graph=graph, state_dtype=state_dtype)
     return _run(setting, size, mode, model, lambda images: model(images).logits, backend)
 
 
@@ -232,14 +158,12 @@ def _plain_step(setting: Setting, size: Size, mode: str) -> Call:
 
     from .training import _textbook
 
-    given = _given(setting, size)
-    model = given.model
+    model = _model(setting, size)
     layer = _textbook(NFE) if mode == "training" else lambda f, z0: anderson(f, z0, tol=0.0, max_steps=NFE)[0]
 
     def forward(images: Tensor) -> Tensor:
-        features = model.stem(images)
-        f = PlainMDEQ(model.cell, features)
-        z = layer(f, torch.zeros_like(given.z))
+        f = PlainMDEQ(model.cell, model.stem(images).contiguous())
+        z = layer(f, images.new_zeros(size.batch, sum(c * h * w for c, h, w in f.sizes)))
         maps = [
             piece.view(len(z), *sizes)
             for piece, sizes in zip(z.split([c * h * w for c, h, w in f.sizes], 1), f.sizes, strict=True)
@@ -261,12 +185,12 @@ def _run(
     training = mode == "training"
     model.train(training)
     with setting.device:
-        images = torch.randn(size.shape).contiguous(memory_format=torch.channels_last)
+        images = _images(size)
         labels = torch.randint(size.configuration.classes, (size.batch,))
 
     def call() -> Solved:
         with torch.set_grad_enabled(training), ambient(backend):
-            with torch.autocast(setting.device.type, torch.bfloat16, enabled=size.narrow):
+            with _autocast(setting, size):
                 logits = forward(images)
                 loss = torch.nn.functional.cross_entropy(logits, labels)
             if training:
@@ -277,8 +201,8 @@ def _run(
     return call
 
 
-def _evaluate_often(given: Given, plain: bool) -> Call:
-    once = _evaluate(given, plain)
+def _evaluate_often(layer: layers.Layer, plain: bool) -> Call:
+    once = layers.evaluate(layer, plain)
 
     def call() -> None:
         for _ in range(NFE):

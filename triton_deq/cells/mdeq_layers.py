@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..backend import tracked
+from ..backend import recorded, tracked
 from ..ops.fusion import Sum, fusion_each
 from ..ops.groupnorm import Map, groupnorm_each, groupnorm_vjp_each
 from ..ops.launch import kernels_serve
@@ -142,8 +142,7 @@ def for_products(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     first = maps[0]
     if not kernels_serve(first, "auto", autocast=True):
         return maps
-    differentiated = torch.is_grad_enabled() and first.requires_grad
-    if differentiated or (first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last)):
+    if recorded(first) or (first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last)):
         return maps
     places = [torch.empty_like(each, dtype=dtype, memory_format=torch.channels_last) for each in maps]
     return fusion_each([Sum(each, (), False, place) for each, place in zip(maps, places, strict=True)])

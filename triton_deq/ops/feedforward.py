@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..backend import recorded
 from ..reference import feedforward as reference
 from ..reference.feedforward import gated
 from .launch import kernels_serve, launch
@@ -40,7 +41,7 @@ def feedforward(
         fits = fits and mask.shape == (*s.shape[:-2], 1, len(weight)) and not mask.requires_grad
     if not (fits and kernels_serve(s, backend, weight, autocast=True)):
         return reference.feedforward(s, weight, bias, mask)
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (s, weight, bias)):
+    if recorded(s, weight, bias):
         return FeedforwardFunction.apply(s, weight, bias, mask)
     return feedforward_fwd(s, weight, bias, mask)
 
@@ -61,7 +62,7 @@ def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor, backend: str 
     fits = matrix.shape == (vector.shape[-1], inner.shape[-1]) and inner.shape[:-1] == vector.shape[:-1]
     if not (fits and kernels_serve(vector, backend, matrix, inner, autocast=True)):
         return reference.feedforward_vjp(vector, matrix, inner)
-    if torch.is_grad_enabled() and (vector.requires_grad or matrix.requires_grad):
+    if recorded(vector, matrix):
         return FeedforwardVJPFunction.apply(vector, matrix, inner)
     return feedforward_vjp_fwd(vector, matrix, inner)
 

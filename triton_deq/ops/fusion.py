@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import transformed
+from ..backend import recorded, transformed
 from ..reference import fusion as reference
 from .launch import (
     Part,
@@ -67,7 +67,7 @@ def fusion_each(sums: Sequence[Sum], backend: str = "auto") -> list[Tensor]:
         kernels_serve(base, backend, *(terms if out is None else ()), autocast=True)
         for base, terms, _, out in sums
     ]
-    if all(served) and not any(map(_differentiated, sums)):
+    if all(served) and not any(recorded(base, *terms) for base, terms, *_ in sums):
         return fusion_fwd(sums)
     return [_value(each, does) for each, does in zip(sums, served, strict=True)]
 
@@ -77,13 +77,9 @@ def _value(given: Sum, served: bool) -> Tensor:
     if not served and (transformed() or base.numel() == 0):
         value = reference.fusion(base, terms, relu)
         return value if out is None else out.copy_(value)
-    if _differentiated(given):
+    if recorded(base, *terms):
         return FusionFunction.apply(relu, served, base, *terms)
     return fusion_fwd([given])[0] if served else reference.fusion_fwd(*given)
-
-
-def _differentiated(given: Sum) -> bool:
-    return torch.is_grad_enabled() and any(each.requires_grad for each in (given.base, *given.terms))
 
 
 def fusion_vjp(
@@ -117,7 +113,7 @@ def fusion_vjp_each(
     for each in given:
         _check_vjp(*each)
     served = [kernels_serve(vector, backend, autocast=True) for vector in vectors]
-    if all(served) and not (torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors)):
+    if all(served) and not recorded(*vectors):
         return fusion_vjp_fwd(vectors, values, factors)
     return [_gradients(*each, does) for each, does in zip(given, served, strict=True)]
 
@@ -127,7 +123,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     if not served and (transformed() or vector.numel() == 0):
         return reference.fusion_vjp(vector, value, factors)
-    if torch.is_grad_enabled() and vector.requires_grad:
+    if recorded(vector):
         return FusionVJPFunction.apply(vector, value, tuple(factors), served)
     return _vjp_of(served, vector, value, factors)
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..backend import recorded
 from ..reference import mlp as reference
 from ..reference.activations import ACTIVATIONS, Activation
 from ..reference.record import Record, accumulate_dtype
@@ -71,10 +72,9 @@ def mlp(
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
     `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
     """
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, weight, u))
     if not (served(z, activation, backend, weight, u) and _fit(z, weight, u)):
         value = reference.mlp(z, weight, u, activation)
-    elif recorded:
+    elif recorded(z, weight, u):
         value, _ = MLPFunction.apply(z, weight, u, activation)
     elif norm is None or len(weight) <= MOST_NORM:
         return mlp_fwd(z, weight, u, activation, norm)
@@ -111,11 +111,9 @@ def mlp_vjp(
         shift: `[..., K]`, shaped like the product, or None.
         out: where the product is left; only without gradients.
     """
-    given = (vector, slope, weight, shift)
-    recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
     alike = served(vector, ACTIVATIONS["relu"], backend, slope, weight, shift)
     fit = vector.shape[vector.dim() - slope.dim() :] == slope.shape and slope.shape[-1] == len(weight)
-    if recorded or not alike or not fit:
+    if recorded(vector, slope, weight, shift) or not alike or not fit:
         return reference.mlp_vjp(vector, slope, weight, shift, out)
     if out is not None and not out.is_contiguous():  # the kernel writes rows one after another
         return out.copy_(mlp_vjp_fwd(vector, slope, weight, shift, None))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import recorded
 from ..reference import weightnorm as reference
 from .launch import Part, kernels_serve, launch, next_power_of_2, shared, wide_dtype
 
@@ -57,7 +58,7 @@ def weightnorm_each(
     if not served or rounded:
         return [_by_reference(weight, dtype) for weight in weights]
     tensors = [each for v, g, *_ in weights for each in (v, g)]
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+    if recorded(*tensors):
         sizes = tuple((rows, columns) for *_, rows, columns in weights)
         return list(WeightnormFunction.apply(dtype, sizes, *tensors))
     return weightnorm_fwd(weights, dtype)

@@ -31,19 +31,19 @@ def add_term(
     return total
 
 
-@triton.jit(do_not_specialize=["programs"])
-def fusion_kernel(sums, programs, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["samples"])
+def fusion_kernel(sums, samples, PROGRAMS: tl.constexpr, CONSTANTS: tl.constexpr):
     """`add_up` for every tile of every sample of every sum.
 
     sums, CONSTANTS: for each the arguments of `add_up` after `program`, up to the compile-time ones, and
-    those.    programs: how many each gets
+    those.    PROGRAMS: how many each gets for a sample
     """
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs[k]:
+        if program >= 0 and program < samples * PROGRAMS[k]:
             add_up(program, *sums[k], *CONSTANTS[k])
-        first += programs[k]
+        first += samples * PROGRAMS[k]
 
 
 @triton.jit
@@ -94,15 +94,15 @@ def add_up(
     tl.store(out_ptr + sample * out_stride + offsets, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def fusion_vjp_kernel(pools, programs, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["samples"])
+def fusion_vjp_kernel(pools, samples, PROGRAMS: tl.constexpr, CONSTANTS: tl.constexpr):
     """`pool` for every tile of every sample of every map; arguments as of `fusion_kernel`."""
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs[k]:
+        if program >= 0 and program < samples * PROGRAMS[k]:
             pool(program, *pools[k], *CONSTANTS[k])
-        first += programs[k]
+        first += samples * PROGRAMS[k]
 
 
 @triton.jit

@@ -61,19 +61,19 @@ def passed(vector_ptr, value_ptr, offsets, inside, RELU: tl.constexpr, WIDE: tl.
     return vector
 
 
-@triton.jit(do_not_specialize=["programs"])
-def groupnorm_kernel(maps, programs, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["samples"])
+def groupnorm_kernel(maps, samples, PROGRAMS: tl.constexpr, CONSTANTS: tl.constexpr):
     """`normalise` for every group of every sample of every map.
 
     maps, CONSTANTS: for each map the arguments of `normalise` after `program`, up to the compile-time ones,
-    and those.    programs: how many each gets
+    and those.    PROGRAMS: how many each gets for a sample
     """
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs[k]:
+        if program >= 0 and program < samples * PROGRAMS[k]:
             normalise(program, *maps[k], *CONSTANTS[k])
-        first += programs[k]
+        first += samples * PROGRAMS[k]
 
 
 @triton.jit
@@ -162,15 +162,15 @@ def normalise(
         tl.store(out_ptr + sample * out_stride + offsets, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def groupnorm_vjp_kernel(maps, programs, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["samples"])
+def groupnorm_vjp_kernel(maps, samples, PROGRAMS: tl.constexpr, CONSTANTS: tl.constexpr):
     """`pull` for every group of every sample of every map; arguments as of `groupnorm_kernel`."""
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs[k]:
+        if program >= 0 and program < samples * PROGRAMS[k]:
             pull(program, *maps[k], *CONSTANTS[k])
-        first += programs[k]
+        first += samples * PROGRAMS[k]
 
 
 @triton.jit

@@ -8,19 +8,19 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["programs"])
-def weightnorm_kernel(weights, programs, CONSTANTS: tl.constexpr):
+@triton.jit
+def weightnorm_kernel(weights, PROGRAMS: tl.constexpr, CONSTANTS: tl.constexpr):
     """`normalise` for some rows of every weight.
 
     weights, CONSTANTS: for each the arguments of `normalise` after `program`, up to the compile-time ones,
-    and those.    programs: how many each gets
+    and those.    PROGRAMS: how many each gets
     """
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs[k]:
+        if program >= 0 and program < PROGRAMS[k]:
             normalise(program, *weights[k], *CONSTANTS[k])
-        first += programs[k]
+        first += PROGRAMS[k]
 
 
 @triton.jit
@@ -88,15 +88,15 @@ def write(v, scale, out_ptr, rows, columns, inside, M_OUT, N_OUT: tl.constexpr):
     tl.store(out_ptr + rows[:, None] * N_OUT + columns[None, :], value, mask=present)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def weightnorm_vjp_kernel(weights, programs, CONSTANTS: tl.constexpr):
+@triton.jit
+def weightnorm_vjp_kernel(weights, PROGRAMS: tl.constexpr, CONSTANTS: tl.constexpr):
     """`pull_back` for some rows of every weight; arguments as of `weightnorm_kernel`."""
     first = 0
     for k in tl.static_range(len(CONSTANTS)):
         program = tl.program_id(0) - first
-        if program >= 0 and program < programs[k]:
+        if program >= 0 and program < PROGRAMS[k]:
             pull_back(program, *weights[k], *CONSTANTS[k])
-        first += programs[k]
+        first += PROGRAMS[k]
 
 
 @triton.jit

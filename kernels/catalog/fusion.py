@@ -14,7 +14,7 @@ Sizes = tuple[int, int, tuple[int, ...]]
 def _fusion(dtype: str, batch: int, *sums: Sizes, note: str = "") -> Entry:
     """Of square maps."""
     side, channels, factors = sums[0]
-    parts = [_sum(dtype, batch, *each) for each in sums]
+    parts = [_sum(dtype, *each) for each in sums]
     entries = sum(side * side * channels for side, channels, _ in sums)
     moved = sum(
         (2 + sum(1 / factor**2 for factor in factors)) * side * side * channels
@@ -28,7 +28,8 @@ def _fusion(dtype: str, batch: int, *sums: Sizes, note: str = "") -> Entry:
         shape=(batch, entries),
         arguments={
             "sums": tuple(operands for operands, *_ in parts),
-            "programs": tuple(programs for _, _, programs, _ in parts),
+            "samples": batch,
+            "PROGRAMS": tuple(programs for _, _, programs, _ in parts),
             "CONSTANTS": tuple(constants for _, constants, *_ in parts),
         },
         contiguous=("base_ptr", *used, "out_ptr"),
@@ -39,9 +40,9 @@ def _fusion(dtype: str, batch: int, *sums: Sizes, note: str = "") -> Entry:
     )
 
 
-def _sum(dtype: str, batch: int, side: int, channels: int, factors: tuple[int, ...]) -> tuple[Any, ...]:
+def _sum(dtype: str, side: int, channels: int, factors: tuple[int, ...]) -> tuple[Any, ...]:
     """The operands, the constants, the programs and the warps of a sum."""
-    tile, programs, warps = _tiles(batch, side * side, channels)
+    tile, programs, warps = _tiles(side * side, channels)
     stride = side * side * channels
     operands = (*(Pointer(dtype),) * 5, stride, stride, side, side)
     return operands, (channels, *(*factors, 0, 0, 0)[:3], True, *tile), programs, warps
@@ -50,7 +51,7 @@ def _sum(dtype: str, batch: int, side: int, channels: int, factors: tuple[int, .
 def _fusion_vjp(dtype: str, batch: int, *maps: tuple[int, int, int], note: str = "") -> Entry:
     """maps: height and width, channels, and the factor of each."""
     side, channels, factor = maps[0]
-    parts = [_pool(dtype, batch, *each) for each in maps]
+    parts = [_pool(dtype, *each) for each in maps]
     return Entry(
         op="fusion",
         name=name_of("fusion_vjp", dtype, f"{side * side}x{channels}", f"by {factor}", note),
@@ -58,7 +59,8 @@ def _fusion_vjp(dtype: str, batch: int, *maps: tuple[int, int, int], note: str =
         shape=(batch, sum(side * side * channels for side, channels, _ in maps)),
         arguments={
             "pools": tuple(operands for operands, *_ in parts),
-            "programs": tuple(programs for _, _, programs, _ in parts),
+            "samples": batch,
+            "PROGRAMS": tuple(programs for _, _, programs, _ in parts),
             "CONSTANTS": tuple(constants for _, constants, *_ in parts),
         },
         contiguous=("vector_ptr", "value_ptr", "v_ptr", "pooled_ptr"),
@@ -69,18 +71,18 @@ def _fusion_vjp(dtype: str, batch: int, *maps: tuple[int, int, int], note: str =
     )
 
 
-def _pool(dtype: str, batch: int, side: int, channels: int, factor: int) -> tuple[Any, ...]:
+def _pool(dtype: str, side: int, channels: int, factor: int) -> tuple[Any, ...]:
     """The same of one level of a product."""
-    tile, programs, warps = _tiles(batch, (side // factor) ** 2, channels)
+    tile, programs, warps = _tiles((side // factor) ** 2, channels)
     operands = (*(Pointer(dtype),) * 4, side * side * channels, side, side)
     return operands, (channels, factor, True, True, *tile), programs, warps
 
 
-def _tiles(batch: int, pixels: int, channels: int) -> tuple[tuple[Any, int, int], int, int]:
-    """As the ops cut maps into programs: WIDE, ROWS and BLOCK, how many programs, and the warps."""
+def _tiles(pixels: int, channels: int) -> tuple[tuple[Any, int, int], int, int]:
+    """As the ops cut maps into programs: WIDE, ROWS and BLOCK, how many programs a sample, and the warps."""
     block = min(1 << (channels - 1).bit_length(), 128)
     rows = min(2048 // block, 1 << (pixels - 1).bit_length())
-    programs = batch * -(-pixels // rows) * -(-channels // block)
+    programs = -(-pixels // rows) * -(-channels // block)
     return (tl.float32, rows, block), programs, min(max(rows * block // 512, 1), 4)
 
 

@@ -46,7 +46,8 @@ def _entry(
         bulk = parts[0][0]
         arguments = {
             "maps": tuple(operands for _, operands, _, _ in parts),
-            "programs": (batch * groups,) * len(maps),
+            "samples": batch,
+            "PROGRAMS": (groups,) * len(maps),
             "CONSTANTS": tuple(constants for _, _, constants, _ in parts),
         }
         warps = max(warps for *_, warps in parts)

@@ -74,7 +74,7 @@ def _tile(dtype: str, columns: int) -> tuple[tuple[Any, int, int], int]:
 def _arguments(parts: list[Any]) -> dict[str, Any]:
     return {
         "weights": tuple(operands for operands, *_ in parts),
-        "programs": tuple(programs for _, _, programs, _ in parts),
+        "PROGRAMS": tuple(programs for _, _, programs, _ in parts),
         "CONSTANTS": tuple(constants for _, constants, *_ in parts),
     }
 

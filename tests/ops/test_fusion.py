@@ -70,9 +70,9 @@ def test_sums_that_share_launches_are_as_each_alone(monkeypatch, device):
     """And so are their products; a launch takes three terms of four sums."""
     launched, real = [], op.launch
 
-    def launch(kernel, grid, parts, programs, **constants):
+    def launch(kernel, grid, parts, samples, **constants):
         launched.append((kernel.fn.__name__, [part[0].numel() for part in parts]))
-        return real(kernel, grid, parts, programs, **constants)
+        return real(kernel, grid, parts, samples, **constants)
 
     monkeypatch.setattr(op, "launch", launch)
     given, packed = several(device)

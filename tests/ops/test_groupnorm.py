@@ -204,11 +204,12 @@ def test_maps_that_share_launches_are_as_each_alone(monkeypatch, device):
     """And so are their products; a launch takes four, of the largest first."""
     launched, real = [], op.launch
 
-    def launch(kernel, grid, parts, programs, **constants):
+    def launch(kernel, grid, parts, samples, **constants):
         sizes = [part[0].numel() for part in parts]
-        assert grid == (sum(programs),) == (2 * 2 * len(parts),)
+        assert samples == 2
+        assert grid == (2 * sum(constants["PROGRAMS"]),) == (2 * 2 * len(parts),)
         launched.append((kernel.fn.__name__, sizes))
-        return real(kernel, grid, parts, programs, **constants)
+        return real(kernel, grid, parts, samples, **constants)
 
     given = several(device)
     vectors = [torch.randn_like(each.x) for each in given]

@@ -59,7 +59,8 @@ def fusion(base: Tensor, terms: Sequence[Tensor], relu: bool = True, backend: st
 def fusion_each(sums: Sequence[Sum], backend: str = "auto") -> list[Tensor]:
     """The value of `fusion` for each sum, in shared launches where nobody asks for gradients.
 
-    With an `out`, for which nobody may, terms may be of other dtypes than their base.
+    Launches are shared by sums of as many samples. With an `out`, for which nobody may, terms may be of other
+    dtypes than their base.
     """
     for each in sums:
         _check(each.base, each.terms)
@@ -67,9 +68,14 @@ def fusion_each(sums: Sequence[Sum], backend: str = "auto") -> list[Tensor]:
         kernels_serve(base, backend, *(terms if out is None else ()), autocast=True)
         for base, terms, _, out in sums
     ]
-    if all(served) and not any(recorded(base, *terms) for base, terms, *_ in sums):
+    together = all(served) and _as_many([base for base, *_ in sums])
+    if together and not any(recorded(base, *terms) for base, terms, *_ in sums):
         return fusion_fwd(sums)
     return [_value(each, does) for each, does in zip(sums, served, strict=True)]
+
+
+def _as_many(maps: Sequence[Tensor]) -> bool:
+    return len({len(each) for each in maps}) == 1
 
 
 def _value(given: Sum, served: bool) -> Tensor:
@@ -113,7 +119,7 @@ def fusion_vjp_each(
     for each in given:
         _check_vjp(*each)
     served = [kernels_serve(vector, backend, autocast=True) for vector in vectors]
-    if all(served) and not recorded(*vectors):
+    if all(served) and _as_many(vectors) and not recorded(*vectors):
         return fusion_vjp_fwd(vectors, values, factors)
     return [_gradients(*each, does) for each, does in zip(given, served, strict=True)]
 
@@ -146,7 +152,7 @@ def fusion_fwd(sums: Sequence[Sum]) -> list[Tensor]:
             for (base, terms, relu, _), value in zip(sums, values, strict=True)
             if first == 0 or first < len(terms)
         ]
-        for grid, args, constants in shared(parts):
+        for grid, args, constants in shared(parts, len(values[0])):
             launch(_kernels().fusion_kernel, grid, *args, **constants)
     return [
         value if out is None or value is out else out.copy_(value)
@@ -160,7 +166,7 @@ def _sum(base: Tensor, terms: Sequence[Tensor], relu: bool, value: Tensor) -> Pa
     height, width = base.shape[2:]
     rest = 3 - len(three)
     dtype = torch.float64 if any(term.dtype == torch.float64 for term in three) else base.dtype
-    tiles = _tiles(*base.shape[:2], height * width, dtype, TILE)
+    tiles = _tiles(base.shape[1], height * width, dtype, TILE)
     return Part(
         operands=(
             base,
@@ -191,7 +197,8 @@ def fusion_vjp_fwd(
     """`reference.fusion_vjp_fwd` of each sum, by the kernel."""
     plans = [_levels(*each) for each in zip(vectors, values, factors, strict=True)]
     for level in range(max(len(levels) for levels, _ in plans)):
-        for grid, args, constants in shared([levels[level] for levels, _ in plans if level < len(levels)]):
+        parts = [levels[level] for levels, _ in plans if level < len(levels)]
+        for grid, args, constants in shared(parts, len(vectors[0])):
             launch(_kernels().fusion_vjp_kernel, grid, *args, **constants)
     return [found for _, found in plans]
 
@@ -217,7 +224,7 @@ def _levels(
                 device=vector.device,
                 memory_format=torch.channels_last,
             )
-        tiles = _tiles(*vector.shape[:2], height // step * (width // step), vector.dtype, TILE)
+        tiles = _tiles(vector.shape[1], height // step * (width // step), vector.dtype, TILE)
         masked = source if value is None or not relu else laid(value)
         # The first reads the vector, and writes v.
         flags = (relu, not levels and value is not None)
@@ -275,7 +282,7 @@ class FusionVJPFunction(torch.autograd.Function):
 
 
 class Tiles(NamedTuple):
-    """A program a tile of pixels and channels; tile is WIDE, ROWS and BLOCK."""
+    """A program a tile of pixels and channels; tile is WIDE, ROWS and BLOCK. So many programs a sample."""
 
     tile: tuple[Any, int, int]
     programs: int
@@ -283,13 +290,13 @@ class Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _tiles(batch: int, channels: int, pixels: int, dtype: torch.dtype, most: int) -> Tiles:
+def _tiles(channels: int, pixels: int, dtype: torch.dtype, most: int) -> Tiles:
     """Tiles of `most` entries."""
     block = min(next_power_of_2(channels), 128)
     rows = min(most // block, next_power_of_2(pixels))
     return Tiles(
         tile=(wide_dtype(dtype), rows, block),
-        programs=batch * -(-pixels // rows) * -(-channels // block),
+        programs=-(-pixels // rows) * -(-channels // block),
         warps=min(max(rows * block // 512, 1), 4),
     )
 

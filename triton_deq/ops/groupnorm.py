@@ -231,9 +231,9 @@ def _vjp_of(served: bool, vector: Tensor, held: Normalised, parameters: bool = F
 
 
 def _together(maps: Sequence[Tensor], backend: str) -> bool:
-    """Whether the kernels serve all of these alike."""
+    """Whether the kernels serve all of these alike, as many samples of each."""
     served = len(maps) > 0 and kernels_serve(maps[0], backend, *maps[1:], autocast=True)
-    return served and all(x.numel() for x in maps)
+    return served and all(x.numel() and len(x) == len(maps[0]) for x in maps)
 
 
 # ------------------------------------------------------------------------------------------- the launches
@@ -242,7 +242,7 @@ def _together(maps: Sequence[Tensor], backend: str) -> bool:
 def groupnorm_fwd(maps: Sequence[Map], statistics: bool = True) -> list[tuple[Tensor, Any, Any]]:
     """`reference.groupnorm_fwd` of each map, by the kernel; without `statistics` the value alone."""
     parts = [_forward(given, statistics) for given in maps]
-    for grid, args, constants in shared(parts):
+    for grid, args, constants in shared(parts, len(maps[0].x)):
         launch(_kernels().groupnorm_kernel, grid, *args, **constants)
     return [
         (value if given.out is None or value is given.out else given.out.copy_(value), mean, inverse)
@@ -260,7 +260,7 @@ def groupnorm_vjp_fwd(
     places: Sequence[Tensor | None] = [None] * len(held) if outs is None else outs
     given = zip(vectors, held, places, strict=True)
     parts = [_backward(vector, of, parameters, out) for vector, of, out in given]
-    for grid, args, constants in shared(parts):
+    for grid, args, constants in shared(parts, len(vectors[0])):
         launch(_kernels().groupnorm_vjp_kernel, grid, *args, **constants)
     found = []
     for vector, of, part, out in zip(vectors, held, parts, places, strict=True):
@@ -345,7 +345,7 @@ def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, h
     tiles = _tiles(x.shape, x.dtype, mean.shape[1], SECOND_TILE)
     launch(
         _kernels().groupnorm_second_kernel,
-        (tiles.programs,),
+        (len(x) * tiles.programs,),
         along,
         x if beside is None else beside,
         vector,
@@ -522,13 +522,13 @@ class Tiles(NamedTuple):
 @lru_cache(maxsize=1024)
 def _tiles(shape: torch.Size, dtype: torch.dtype, groups: int, most: int) -> Tiles:
     """Tiles of `most` entries."""
-    batch, channels, height, width = shape
+    channels, height, width = shape[1:]
     block = next_power_of_2(channels // groups)
     rows = min(max(most // block, 1), next_power_of_2(height * width))
     return Tiles(
         sizes=(height * width, channels, groups),
         tile=(wide_dtype(dtype), rows, block),
-        programs=batch * groups,
+        programs=groups,
         warps=min(max(rows * block // 512, 1), 8),
     )
 

@@ -65,7 +65,7 @@ class Part(NamedTuple):
     Attributes:
         operands: what the kernel gets for it; the first is a tensor, by whose size maps are ordered.
         constants: what it gets for it at compile time.
-        programs, warps: how many programs it takes, and how many warps are best for it.
+        programs, warps: how many programs it takes for a sample, and how many warps are best for it.
         result: what comes of it.
     """
 
@@ -77,21 +77,29 @@ class Part(NamedTuple):
 
 
 def shared(
-    parts: Sequence[Part], most: int = SHARING
-) -> Iterator[tuple[tuple[int], tuple[Any, Any], dict[str, Any]]]:
+    parts: Sequence[Part], samples: int | None = None, most: int = SHARING
+) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
     """The launches for all parts, at most so many in each: grid, arguments and constants.
 
     The largest first and those of about one size together, so that few wait for one that is much larger.
+
+    samples: how many each part is of, an argument of the kernel; None where a part has none. It is a number
+    by itself since Triton compiles anew for other numbers in a tuple, whatever `do_not_specialize` says.
     """
     ordered = sorted(parts, key=lambda part: -part.operands[0].numel())
     for start in range(0, len(parts), most):
         chosen = ordered[start : start + most]
         programs = tuple(part.programs for part in chosen)
         constants = {
+            "PROGRAMS": programs,
             "CONSTANTS": tuple(part.constants for part in chosen),
             "num_warps": max(part.warps for part in chosen),
         }
-        yield (sum(programs),), (tuple(part.operands for part in chosen), programs), constants
+        operands = tuple(part.operands for part in chosen)
+        if samples is None:
+            yield (sum(programs),), (operands,), constants
+        else:
+            yield (samples * sum(programs),), (operands, samples), constants
 
 
 def launch_at(

@@ -383,7 +383,7 @@ def attention_kernel(
     tl.store(sums_ptr + line.to(tl.int64) * T + i, highest + tl.log(total), mask=i < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def attention_query_vjp_kernel(
     vector_ptr,
     q_ptr,
@@ -615,7 +615,7 @@ def attention_key_vjp_kernel(
     store_rows(gradients_ptr + H * HEAD[2], stride, rows, count, of_values, HEAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def attention_position_vjp_kernel(
     vector_ptr,
     q_ptr,

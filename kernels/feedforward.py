@@ -11,7 +11,7 @@ import triton.language as tl
 from .products import multiple, product, tile_of
 
 
-@triton.jit(do_not_specialize=["per"])
+@triton.jit(do_not_specialize=["B", "per"])
 def feedforward_kernel(
     s_ptr,
     weight_ptr,
@@ -69,7 +69,7 @@ def feedforward_kernel(
     tl.store(inner_ptr + tile, tl.where(value < 0, 0, value), mask=inside)  # NaN stays
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def feedforward_vjp_kernel(
     vector_ptr,
     matrix_ptr,

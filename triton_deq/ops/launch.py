@@ -161,7 +161,7 @@ def _told_apart(args: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """What of the arguments a compiled kernel depends on, or more than that; and they as it takes them.
 
     Triton compiles for the dtype of a tensor and whether it lies at 16 bytes, for whether an integer is 1 or
-    a multiple of 16 and how many bits it needs, and for nothing in a float.
+    a multiple of 16 and how many bits it needs, and for nothing in a bool or a float.
     """
     key: list[Any] = []
     values: list[Any] = []
@@ -171,8 +171,11 @@ def _told_apart(args: Iterable[Any]) -> tuple[list[Any], list[Any]]:
             usual = arg.is_cuda and not pointer & 15
             key.append(arg.dtype if usual else (arg.dtype, pointer & 15, arg.is_cuda))
             arg = pointer
+        elif isinstance(arg, bool):
+            key.append(bool)
         elif isinstance(arg, int):
-            key.append("1" if arg == 1 else arg.bit_length() if arg >> 31 else arg & 15 == 0)
+            aligned = arg & 15 == 0
+            key.append("1" if arg == 1 else (arg.bit_length(), aligned) if arg >> 31 else aligned)
         elif isinstance(arg, tuple):
             inside, arg = _told_apart(arg)
             key.append(tuple(inside))

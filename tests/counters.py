@@ -7,6 +7,7 @@
 Inside `beside(f)` nothing is counted, and each call of it begins a new step.
 """
 
+import gc
 import sys
 from collections import Counter as Multiset
 from collections.abc import Callable, Iterator
@@ -93,6 +94,8 @@ class Counter:
             if getattr(module, "launch_at", None) is _launch_at and module.__name__.startswith("triton_deq"):
                 self._exits.enter_context(mock.patch.object(module, "launch_at", launch_anew))
         self._exits.enter_context(_interpreted_bytes(self))
+        gc.freeze()  # what is there already need not be looked at after each launch
+        self._exits.callback(gc.unfreeze)
         return self
 
     def __exit__(self, *error) -> None:
@@ -153,6 +156,8 @@ class Counter:
             _launch(kernel, *args, **constants)
         finally:
             self.paused = before
+        if self.device.type != "cuda":  # an interpreted launch leaves its storages in a cycle of functions
+            gc.collect()
 
 
 _launch, _launch_at = triton_deq.ops.launch.launch, triton_deq.ops.launch.launch_at

@@ -129,12 +129,79 @@ def test_backward_twice_and_frozen_parameters():
     assert bias.grad is not None
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    f, _, bias = tanh_map(2, 5)
-    z = td.fixed_point(f, torch.zeros(2, 5, dtype=torch.float64), **TIGHT)
-    (grad,) = torch.autograd.grad(z.sum(), bias, create_graph=True)
+class ClosedForm:
+    """`z ↦ tanh(z/2 + x)` with its product written out."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self, z):
+        return torch.tanh(0.5 * z + self.x)
+
+    def vjp(self, z):
+        value = self(z)
+        return value, lambda vector: 0.5 * (1 - value.square()) * vector
+
+
+def of_input(x, make=lambda x: lambda z: torch.tanh(0.5 * z + x)):
+    return td.fixed_point(make(x), torch.zeros_like(x), gradient=IMPLICIT, **TIGHT).square().sum()
+
+
+def second_by_backward(function, x):
+    x = x.requires_grad_()
+    torch.autograd.grad(function(x), x, create_graph=True)[0].sum().backward()
+
+
+def second_by_grad(function, x):
+    """The engine goes only where a gradient is asked for."""
+    x = x.requires_grad_()
+    (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+    torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("make", [lambda x: lambda z: torch.tanh(0.5 * z + x), ClosedForm], ids=["f", "vjp"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        second_by_backward,
+        second_by_grad,
+        torch.autograd.functional.hessian,
+        lambda function, x: torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(x),
+        lambda function, x: torch.func.jacrev(torch.func.jacrev(function))(x),
+    ],
+    ids=["backward", "grad", "hessian", "func.grad", "jacrev"],
+)
+def test_second_derivatives_are_refused_rather_than_wrong(ask, make):
+    x = torch.randn(2, 5, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
-        grad.sum().backward()
+        ask(lambda x: of_input(x, make), x)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda function, x: torch.func.jvp(function, (x,), (x,)),
+        lambda function, x: torch.func.jacfwd(function)(x),
+        lambda function, x: torch.func.hessian(function)(x),
+    ],
+    ids=["jvp", "jacfwd", "hessian"],
+)
+def test_forward_mode_is_refused(ask):
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        ask(of_input, torch.randn(2, 5, dtype=torch.float64))
+
+
+def test_a_gradient_of_what_comes_after_can_be_differentiated():
+    """Its own derivative goes through the fixed point once."""
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(5, dtype=torch.float64, requires_grad=True)
+
+    def squared_norm(x):
+        z = td.fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), gradient=IMPLICIT, **TIGHT)
+        (grad,) = torch.autograd.grad((z @ head).square().sum(), head, create_graph=True)
+        return grad.square().sum()
+
+    assert gradcheck(squared_norm, x)
 
 
 def test_without_gradients_nothing_is_recorded():

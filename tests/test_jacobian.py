@@ -11,6 +11,7 @@ from torch import nn
 import triton_deq as td
 from tests.problems import tanh_map
 from triton_deq import jacobian
+from triton_deq.deq import Injected
 
 
 def full_jacobians(f, z):
@@ -195,6 +196,40 @@ def test_norm_without_gradients():
     f, *_ = tanh_map(2, 5)
     with torch.no_grad():
         assert not td.jacobian_norm(f, torch.randn(2, 5, dtype=torch.float64)).requires_grad
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_in_inference_mode_as_without_gradients(closed):
+    """There the engine records nothing, and a product would be 0."""
+    cell = td.MLPCell(6, 4).eval()
+    x, z = torch.randn(3, 4), torch.randn(3, 6)
+    with torch.no_grad():
+        u = cell.inject(x)
+    f = Injected(cell, u) if closed else lambda z: cell(z, u)
+
+    def found(z):
+        generator = torch.Generator().manual_seed(0)
+        return td.jacobian_norm(f, z, generator=generator, backend="reference"), td.spectral_radius(f, z)
+
+    with torch.no_grad():
+        wanted = found(z)
+    assert all((each > 0).all() for each in wanted)
+    with torch.inference_mode():
+        torch.testing.assert_close(found(z), wanted)
+        torch.testing.assert_close(found(z + 0), wanted)  # made there
+
+
+def test_what_inference_mode_has_made_is_named():
+    with torch.inference_mode():
+        x = torch.randn(3, 6)
+        with pytest.raises(RuntimeError, match="f closes over a tensor that torch.inference_mode"):
+            td.spectral_radius(lambda z: torch.tanh(z * x), torch.randn(3, 6))
+        with pytest.raises(RuntimeError, match="f's own"):
+            td.jacobian_norm(failing, torch.randn(3, 6))
+
+
+def failing(z):
+    raise RuntimeError("f's own")
 
 
 def test_norm_takes_an_f_that_torch_func_cannot():

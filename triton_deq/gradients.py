@@ -125,7 +125,8 @@ class ImplicitGradient:
         at = solution.value.detach()
         value = f(at)
         check_value(value, at)
-        return _TracedImplicitFunction.apply(value, at, f, self), solution
+        function = _TracedImplicitFunction if torch.compiler.is_compiling() else _TransformedImplicitFunction
+        return function.apply(value, at, f, self), solution
 
 
 @dataclass(frozen=True)
@@ -260,12 +261,15 @@ class _ImplicitFunction(torch.autograd.Function):
 
         u = ctx.adjoint.solve(ctx.adjoint.pullback or by_autograd, grad)
         if torch.is_grad_enabled():  # asked for with create_graph=True
-            u = _RefuseSecond.apply(u.requires_grad_())
+            u = _RefuseSecond.apply(u, ctx.value, grad)
         return u, None, None
 
 
 class _TracedImplicitFunction(torch.autograd.Function):
-    """The same, with the product written out by torch.func, which tracers can follow."""
+    """The same, with the product written out by torch.func, which tracers can follow.
+
+    A compiled function has no second derivatives that would have to be refused.
+    """
 
     generate_vmap_rule = True
 
@@ -280,7 +284,7 @@ class _TracedImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (at,) = ctx.saved_tensors
+        at = ctx.saved_tensors[0]
         pullback = torch.func.vjp(ctx.f, at)[1]
         gradient = ctx.gradient
         stopping = Stopping(gradient.tol, gradient.max_steps)
@@ -290,12 +294,39 @@ class _TracedImplicitFunction(torch.autograd.Function):
         return u, None, None, None
 
 
-class _RefuseSecond(torch.autograd.Function):
-    """The identity, whose derivative is an error: u depends on everything, and its graph is not kept."""
+class _TransformedImplicitFunction(_TracedImplicitFunction):
+    """The same for the transforms of torch.func, which may ask for more than there is."""
 
     @staticmethod
-    def forward(ctx, u: Tensor) -> Tensor:
+    def setup_context(ctx, inputs, output) -> None:
+        value, at, ctx.f, ctx.gradient = inputs
+        ctx.save_for_backward(at, value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        u, *rest = _TracedImplicitFunction.backward(ctx, grad)
+        return _RefuseSecond.apply(u, ctx.saved_tensors[1], grad), *rest
+
+    @staticmethod
+    def jvp(ctx, *tangents: Any):
+        raise RuntimeError(
+            "an ImplicitGradient has no forward-mode derivative: take reverse mode, as torch.func.jacrev and "
+            "torch.func.vjp do, or gradient=td.UnrolledGradient()"
+        )
+
+
+class _RefuseSecond(torch.autograd.Function):
+    """u as it is, whose derivative is an error: it depends on all that f(z) and the gradient depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, value: Tensor, grad: Tensor) -> Tensor:
         return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -303,6 +334,10 @@ class _RefuseSecond(torch.autograd.Function):
             "an ImplicitGradient cannot be differentiated a second time: use "
             "gradient=td.UnrolledGradient(), or detach the first gradient"
         )
+
+    @staticmethod
+    def jvp(ctx, *tangents: Any):
+        return _RefuseSecond.backward(ctx, tangents[0])
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,24 @@ def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
     if torch.is_grad_enabled():
         z = z if z.requires_grad else z.detach().requires_grad_()
         return _engine_vjp(f, z, create_graph=True)
+    if torch.is_inference_mode_enabled():
+        return _vjp_in_inference(f, z)
     with torch.enable_grad():
         return _engine_vjp(f, z.detach().requires_grad_(), create_graph=False)
+
+
+def _vjp_in_inference(f: Function, z: Tensor) -> tuple[Tensor, Function]:
+    """Outside of inference mode, where the engine records nothing, so that every product would be 0."""
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            return _engine_vjp(f, z.clone().requires_grad_(), create_graph=False)
+        except RuntimeError as error:
+            if "nference tensor" not in str(error):
+                raise
+            raise RuntimeError(
+                "f closes over a tensor that torch.inference_mode() has made, which has no derivatives: make "
+                "it under torch.no_grad() instead, or clone it outside of inference mode"
+            ) from error
 
 
 def _engine_vjp(f: Function, z: Tensor, create_graph: bool) -> tuple[Tensor, Function]:

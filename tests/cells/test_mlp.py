@@ -230,6 +230,17 @@ def test_an_activation_of_ones_own():
         (lambda: td.MLPCell(3, 4)(torch.ones(2, 5), torch.ones(2, 3)), ValueError, r"z has 5 .*width is 3"),
         (lambda: td.MLPCell(3, 4)(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"u has 4 .*width is 3"),
         (
+            lambda: td.DEQ(td.MLPCell(3, 4))(torch.ones(3, 4), torch.ones(2, 3)),
+            ValueError,
+            r"z has shape \(2, 3\), and u \(3, 3\): give z u's leading dimensions",
+        ),
+        (
+            lambda: td.DEQ(td.MLPCell(3, 4, hidden=7))(torch.ones(3, 4), torch.ones(1, 3)),
+            ValueError,
+            r"z has shape \(1, 3\), and u \(3, 7\)",
+        ),
+        (lambda: td.MLPCell(3, 4)(torch.ones(3), torch.ones(1, 3)), ValueError, r"and u \(1, 3\)"),
+        (
             lambda: td.MLPCell(3, 4, hidden=7).write(torch.ones(2, 3), torch.ones(2, 3), torch.empty(2, 3)),
             ValueError,
             r"u has 3 .*hidden is 7",
@@ -239,6 +250,14 @@ def test_an_activation_of_ones_own():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_samples_of_a_state_may_share_an_injection():
+    cell, z, u = cell_and_states()
+    for fewer in (u[:1], u[0]):
+        torch.testing.assert_close(cell(z, fewer), cell(z, u[:1].expand(4, 5)))
+    several = torch.stack([z, 2 * z])
+    torch.testing.assert_close(cell(several, u), torch.stack([cell(z, u), cell(2 * z, u)]))
 
 
 def test_a_normalised_weight_is_made_once_an_evaluation(monkeypatch):

@@ -355,3 +355,12 @@ def test_products_take_the_attention_that_was_evaluated(monkeypatch):
         for _ in range(2):
             pullback(torch.randn_like(value))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_no_tokens(pre_norm, backend):
+    cell, (x, memory), _ = cell_and_input(pre_norm)
+    with ambient(backend):
+        for tokens, before in ((x[:, :0], None), (x[:, :0], memory), (x[:0], None)):
+            u = cell.inject((tokens, before))
+            assert cell(cell.initial_state(u), u).shape == tokens.shape

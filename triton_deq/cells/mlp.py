@@ -92,6 +92,7 @@ class MLPCell(nn.Module):
         """The next state from z and `u = inject(x)`."""
         _check_width("z", z, "width", self.width)
         _check_width("u", u, "width" if self.output is None else "hidden", self.injection.out_features)
+        _check_samples(z, u)
         state = _taken(z, u)
         if not self._layers_as_built:
             value = self.activation(self.state(state) + u)
@@ -200,6 +201,18 @@ def _check_width(name: str, value: Tensor, field: str, wanted: int) -> None:
         raise ValueError(
             f"{name} has {value.shape[-1] if value.dim() else 'no'} entries in its last dimension, and the "
             f"cell's {field} is {wanted}: give {name} of shape [..., {wanted}]"
+        )
+
+
+def _check_samples(z: Tensor, u: Tensor) -> None:
+    """z has u's samples, or more that share those of u."""
+    batch, given = z.shape[:-1], u.shape[:-1]
+    if batch == given:  # the usual case
+        return
+    shared = zip(reversed(given), reversed(batch), strict=False)
+    if len(given) > len(batch) or any(own not in (1, size) for own, size in shared):
+        raise ValueError(
+            f"z has shape {tuple(z.shape)}, and u {tuple(u.shape)}: give z u's leading dimensions"
         )
 
 

@@ -379,7 +379,8 @@ class TransformerCell(nn.Module):
             product = functional.linear(n, u.weights.qkv)
         else:
             product = torch.addmm(u.qkv.flatten(0, 1), n.flatten(0, 1), u.weights.qkv.mT)
-        q, k, v = product.view(*n.shape[:2], 3, self.heads, -1).unbind(2)
+        width = product.shape[-1] // (3 * self.heads)  # of a head, zeros behind it included
+        q, k, v = product.view(*n.shape[:2], 3, self.heads, width).unbind(2)
         return q, k, v
 
     def _check(self, tokens: Any, memory: Any) -> None:

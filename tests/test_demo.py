@@ -73,6 +73,11 @@ def test_rows_say_what_ran_where(tmp_path):
     assert second["value"] is None
 
 
+def test_a_folder_that_cannot_be_is_named(capsys):
+    assert cli.main(["demo", "--output", "/proc/nowhere"]) == 2
+    assert "/proc/nowhere" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--seed", "-1"], "at least 0"), (["--output", __file__], "is a file"), (["--fast"], "unrecognized")],

@@ -554,7 +554,8 @@ def test_missing_tools_and_folders_are_one_sentence(capsys, monkeypatch, tmp_pat
     (tmp_path / "file").write_text("")
     assert run_here("--asm", str(tmp_path / "file" / "below")) == 2
     assert "file" in capsys.readouterr().err
-    assert run_here("--json", str(tmp_path / "nowhere" / "rows.json")) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_here("--json", str(tmp_path / "nowhere" / "rows.json"))
     assert "nowhere" in capsys.readouterr().err
 
 

@@ -86,6 +86,7 @@ def test_a_wrong_kernel_is_noticed(wrong, monkeypatch, capsys):
         (["--seed", "-1"], "at least 0"),
         (["--seeds", "0"], "at least 1"),
         (["--seeds", "x"], "not an integer"),
+        (["--json", "nowhere/rows.json"], "no folder nowhere"),
     ],
 )
 def test_bad_arguments_name_the_valid_ones(arguments, message, capsys):

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,14 @@ def parse_count(least: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def parse_rows_file(text: str) -> str:
+    """An argparse type: a file that can be there, or '-'. So it is known before the rows are made."""
+    folder = Path(text).parent
+    if text != "-" and not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
+    return text
 
 
 def check_floating_dtype(name: str, value: Any) -> None:

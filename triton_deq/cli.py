@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code, 2 where a file or folder is not to be had."""
     parser = argparse.ArgumentParser(
         prog="triton-deq", description="Triton kernels for deep equilibrium models."
     )
@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         implementation.add_arguments(command)
         command.set_defaults(run=implementation.run)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except OSError as error:
+        print(f"triton-deq {arguments.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checks import parse_count
+from ..checks import parse_count, parse_rows_file
 from . import roofline, show
 from .compiling import Job, configurations
 from .targets import TARGETS
@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", choices=list(TARGETS), action="append", help="only this one; may be repeated"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="also write the rows as JSON ('-': standard output only)"
+        "--json",
+        type=parse_rows_file,
+        metavar="FILE",
+        help="also write the rows as JSON ('-': standard output only)",
     )
     parser.add_argument("--asm", metavar="DIR", help="write PTX and SASS, or AMD assembly, to this folder")
     parser.add_argument(
@@ -59,8 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a row each; 1 if one breaks its budget or does not compile, 2 if nothing could be done."""
     try:
-        if arguments.json not in (None, "-") and not Path(arguments.json).parent.is_dir():
-            raise Refusal(f"--json: there is no folder {Path(arguments.json).parent}")
         catalog = _catalog(arguments.catalog)
         entries = _choose(catalog, arguments.kernel)
         if arguments.roofline:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..checks import parse_count
+from ..checks import parse_count, parse_rows_file
 from .attention import check_attention
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
 from .feedforward import check_feedforward
@@ -93,7 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=parse_count(1), metavar="N", help="instead: N random shapes, dtypes, strides"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too ('-': on standard output)")
+    parser.add_argument(
+        "--json",
+        type=parse_rows_file,
+        metavar="FILE",
+        help="write the rows as JSON too ('-': on standard output)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

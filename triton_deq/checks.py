@@ -15,12 +15,18 @@ def check_state(name: str, z: Any) -> None:
     """A state is a real floating tensor `[B, ...]`."""
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}: pass a floating tensor [B, ...]")
-    if not z.is_floating_point():
+    if not z.is_floating_point() or z.element_size() < 2:
         raise TypeError(
-            f"{name} has dtype {z.dtype}: a state must be real and floating; convert it, e.g. {name}.float()"
+            f"{name} has dtype {z.dtype}: a state must be real and floating, of 16 bits at least; convert "
+            f"it, e.g. {name}.float()"
         )
     if z.dim() == 0:
         raise ValueError(f"{name} is a scalar: a state needs a batch dimension; pass {name}.reshape(1, 1)")
+    if torch.compiler.is_compiling():  # which cannot trace what follows
+        return
+    if z.layout != torch.strided or z.device.type == "meta":
+        what = f"the layout {z.layout}" if z.layout != torch.strided else "no data, being on 'meta'"
+        raise TypeError(f"{name} has {what}: a state must be a dense tensor; pass one, e.g. torch.zeros(...)")
 
 
 def check_value(value: Any, z: Tensor, *, same_dtype: bool = True, name: str = "f(z)") -> None:

@@ -147,6 +147,11 @@ def of_input(x, make=lambda x: lambda z: torch.tanh(0.5 * z + x)):
     return td.fixed_point(make(x), torch.zeros_like(x), gradient=IMPLICIT, **TIGHT).square().sum()
 
 
+def linear_of_input(x, make=lambda x: lambda z: torch.tanh(0.5 * z) + x):
+    """Neither its gradient nor the Jacobian has a graph that leads to x: but z* depends on it."""
+    return td.fixed_point(make(x), torch.zeros_like(x), gradient=IMPLICIT, **TIGHT).sum()
+
+
 def second_by_backward(function, x):
     x = x.requires_grad_()
     torch.autograd.grad(function(x), x, create_graph=True)[0].sum().backward()
@@ -159,7 +164,11 @@ def second_by_grad(function, x):
     torch.autograd.grad(grad.sum(), x)
 
 
-@pytest.mark.parametrize("make", [lambda x: lambda z: torch.tanh(0.5 * z + x), ClosedForm], ids=["f", "vjp"])
+@pytest.mark.parametrize(
+    "function",
+    [of_input, lambda x: of_input(x, ClosedForm), linear_of_input],
+    ids=["f", "vjp", "linear"],
+)
 @pytest.mark.parametrize(
     "ask",
     [
@@ -171,10 +180,26 @@ def second_by_grad(function, x):
     ],
     ids=["backward", "grad", "hessian", "func.grad", "jacrev"],
 )
-def test_second_derivatives_are_refused_rather_than_wrong(ask, make):
+def test_second_derivatives_are_refused_rather_than_wrong(ask, function):
     x = torch.randn(2, 5, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
-        ask(lambda x: of_input(x, make), x)
+        ask(function, x)
+
+
+def test_so_are_those_in_what_the_loss_does_with_it():
+    """Which u depends on through its right-hand side alone."""
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(5, dtype=torch.float64, requires_grad=True)
+
+    def of_x(x, head):
+        z = td.fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), gradient=IMPLICIT, **TIGHT)
+        return (z @ head).sum()
+
+    (grad,) = torch.autograd.grad(of_x(x, head), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        torch.autograd.grad(grad.square().sum(), head)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        torch.func.grad(lambda head: torch.func.grad(of_x)(x.detach(), head).square().sum())(head.detach())
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,7 @@ def test_an_activation_of_ones_own():
             r"z has shape \(1, 3\), and u \(3, 7\)",
         ),
         (lambda: td.MLPCell(3, 4)(torch.ones(3), torch.ones(1, 3)), ValueError, r"and u \(1, 3\)"),
+        (lambda: td.MLPCell(3, 4)(torch.ones(4, 3), torch.ones(2, 3)), ValueError, r"and u \(2, 3\)"),
         (
             lambda: td.MLPCell(3, 4, hidden=7).write(torch.ones(2, 3), torch.ones(2, 3), torch.empty(2, 3)),
             ValueError,

@@ -107,6 +107,12 @@ def test_sums_of_other_kinds_side_by_side(backend, device):
         torch.testing.assert_close(value, reference.fusion(each.base.to(value.dtype), each.terms, each.relu))
     (of_base,) = torch.autograd.grad(values[1].sum(), given[1].base)
     assert (of_base == 1).all()
+    more = torch.randn(3, 4, 2, 2, device=device)
+    given, values = given[:1], op.fusion_each([given[0], op.Sum(more, [])], backend)
+    torch.testing.assert_close(values[0], reference.fusion(given[0].base.to(values[0].dtype), given[0].terms))
+    assert torch.equal(values[1], more.relu())
+    products = op.fusion_vjp_each(values, values, [[], []], backend)
+    assert all(torch.equal(product[0], value) for product, value in zip(products, values, strict=True))
     empty = torch.zeros(0, 3, 4, 4, device=device)
     place = torch.zeros(0, 3, 4, 4, device=device)
     assert op.fusion_each([op.Sum(empty, [], out=place)], backend)[0] is place

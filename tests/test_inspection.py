@@ -524,9 +524,14 @@ def test_unknown_names_list_the_valid_ones(capsys):
 
 
 def test_a_pattern_selects_by_part_or_by_wildcards(capsys):
-    for pattern in ("norm[bf16]", "squared*bf16"):
-        assert run_here("--kernel", pattern, "--roofline", "h100", "--json", "-") == 0
-        assert {row["kernel"] for row in json.loads(capsys.readouterr().out)} == {"squared_norm[bf16]"}
+    def chosen(*patterns):
+        words = [word for pattern in patterns for word in ("--kernel", pattern)]
+        assert run_here(*words, "--roofline", "h100", "--json", "-") == 0
+        return {row["kernel"] for row in json.loads(capsys.readouterr().out)}
+
+    assert chosen("norm[bf16]") == chosen("squared*bf16") == {"squared_norm[bf16]"}
+    both = chosen("squared_norm", "probe")
+    assert both == chosen("squared_norm") | chosen("probe") > chosen("probe")
 
 
 def test_missing_tools_and_folders_are_one_sentence(capsys, monkeypatch, tmp_path):

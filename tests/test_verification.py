@@ -62,6 +62,15 @@ def test_random_sweep_names_the_worst_case(capsys):
 
 
 @pytest.mark.kernels
+def test_several_checks_and_dtypes(capsys):
+    asked = ["--kernel", "probe", "--kernel", "squared_norm", "--dtype", "float16", "--dtype", "float32"]
+    assert cli.main(["verify", "--quick", *asked, "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["dtype"] for row in rows} == {"float16", "float32"}
+    assert {row["kernel"] for row in rows} == {"probe", "squared_norm"}
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("wrong", ["sign", "unwritten", "nan"])
 def test_a_wrong_kernel_is_noticed(wrong, monkeypatch, capsys):
     right = op.squared_norm_fwd

@@ -29,7 +29,10 @@ class Refusal(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--kernel", metavar="PATTERN", help="only names that contain it; * and ? stand for any"
+        "--kernel",
+        metavar="PATTERN",
+        action="append",
+        help="only names that contain it; * and ? stand for any; may be repeated",
     )
     parser.add_argument(
         "--target", choices=list(TARGETS), action="append", help="only this one; may be repeated"
@@ -119,16 +122,19 @@ def _catalog(module: str) -> Any:
     return importlib.import_module(module)
 
 
-def _choose(catalog: Any, pattern: str | None) -> list[int]:
-    """The indices of the entries with the pattern somewhere in their name; all without one."""
+def _choose(catalog: Any, patterns: list[str] | None) -> list[int]:
+    """The indices of the entries with one of the patterns somewhere in their name; all without one."""
     names = [entry.name for entry in catalog.ENTRIES]
-    if pattern is None:
+    if patterns is None:
         return list(range(len(names)))
-    glob = "*" + pattern.replace("[", "[[]") + "*"  # names have brackets: no character classes here
-    chosen = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, glob)]
-    if not chosen:
-        raise Refusal(f"no kernel matches {pattern!r}; there are\n  " + "\n  ".join(names))
-    return chosen
+    chosen: set[int] = set()
+    for pattern in patterns:
+        glob = "*" + pattern.replace("[", "[[]") + "*"  # names have brackets: no character classes here
+        found = {i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, glob)}
+        if not found:
+            raise Refusal(f"no kernel matches {pattern!r}; there are\n  " + "\n  ".join(names))
+        chosen |= found
+    return sorted(chosen)
 
 
 def _require_tools(targets: list[str]) -> None:

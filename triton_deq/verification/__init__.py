@@ -87,8 +87,12 @@ def random_cases(seeds: int, first: int, dtypes: list[str]) -> Iterator[Case]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one shape, float32 and bfloat16 only")
-    parser.add_argument("--kernel", choices=sorted(CHECKS), help="only this check")
-    parser.add_argument("--dtype", choices=sorted(BOUNDS), help="only this dtype")
+    parser.add_argument(
+        "--kernel", choices=sorted(CHECKS), action="append", help="only this check; may be repeated"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(BOUNDS), action="append", help="only this dtype; may be repeated"
+    )
     parser.add_argument("--seed", type=parse_count(0), default=0, help="of the random inputs (default 0)")
     parser.add_argument(
         "--seeds", type=parse_count(1), metavar="N", help="instead: N random shapes, dtypes, strides"
@@ -105,10 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the checks, print a row each, return 1 if one is over its bound."""
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, which is below
-    dtypes = [arguments.dtype] if arguments.dtype else list(BOUNDS)
+    dtypes = arguments.dtype or list(BOUNDS)
     if arguments.quick and not arguments.dtype:
         dtypes = ["float32", "bfloat16"]
-    checks = [CHECKS[arguments.kernel]] if arguments.kernel else list(CHECKS.values())
+    checks = [CHECKS[name] for name in arguments.kernel or CHECKS]
     if arguments.seeds is None:
         chosen = cases(arguments.seed, arguments.quick, dtypes)
     else:

@@ -59,6 +59,7 @@ class ImplicitGradient:
 
     Raises:
         TypeError, ValueError: a field that cannot be; `shine` with a forward solver other than Broyden.
+        RuntimeError: where the gradient itself is differentiated, or a derivative in forward mode asked for.
     """
 
     solver: Solver = field(default_factory=Anderson)

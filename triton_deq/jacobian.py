@@ -71,6 +71,7 @@ def jacobian_norm(
 
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+        RuntimeError: under `torch.inference_mode`, if f closes over a tensor that was made there.
     """
     name = _check_estimate(z, probes, distribution, generator, backend, reduction)
     draw = _Probes(z, distribution, generator, name)
@@ -268,6 +269,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
+        RuntimeError: under `torch.inference_mode`, if f closes over a tensor that was made there.
     """
     check_state("z", z)
     check_count("steps", steps)

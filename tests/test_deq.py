@@ -35,6 +35,40 @@ def test_input_gets_its_gradient():
     assert torch.autograd.gradcheck(lambda x: deq(x).value, x)
 
 
+class OwnCell(nn.Module):
+    """Without a product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = td.MLPCell(6, 4)
+        self.inject = self.inner.inject
+
+    def forward(self, z, u):
+        return torch.tanh(self.inner.state(z) + u)
+
+
+@pytest.mark.parametrize("make", [lambda: td.MLPCell(6, 4), OwnCell], ids=["closed form", "own"])
+def test_a_penalised_step_in_torch_func(make):
+    """Where the product is torch.func's, and nothing may be written into."""
+    torch.manual_seed(0)
+    tight = {"tol": 1e-12, "max_steps": 60}
+    deq = td.DEQ(
+        make().double(), **tight, gradient=td.ImplicitGradient(**tight), penalty=td.JacobianPenalty(0.5)
+    )
+    x, parameters = torch.randn(3, 4, dtype=torch.float64), dict(deq.named_parameters())
+
+    def loss(parameters):
+        torch.manual_seed(1)
+        out = torch.func.functional_call(deq, parameters, (x,))
+        return out.value.square().sum() + out.penalty
+
+    with ambient("reference"):
+        found = torch.func.grad(loss)(parameters)
+        wanted = torch.autograd.grad(loss(parameters), [*parameters.values()])
+    torch.testing.assert_close([*found.values()], [*wanted], rtol=1e-8, atol=1e-10)
+    assert deq.penalty.fired == deq.penalty.calls == 2
+
+
 def test_evaluation_has_no_penalty_and_no_graph():
     deq = model(penalty=td.JacobianPenalty(0.5)).eval()
     assert deq(torch.randn(5, 4)).penalty.item() == 0

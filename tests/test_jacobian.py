@@ -198,6 +198,24 @@ def test_norm_without_gradients():
         assert not td.jacobian_norm(f, torch.randn(2, 5, dtype=torch.float64)).requires_grad
 
 
+def test_norm_in_the_transforms_of_torch_func():
+    weight, z = 0.3 * torch.randn(5, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+
+    def norm(weight, z):
+        generator = torch.Generator().manual_seed(0)
+        f = lambda z: torch.tanh(z @ weight)  # noqa: E731
+        return td.jacobian_norm(f, z, 2, generator=generator, backend="reference")
+
+    leaves = weight.clone().requires_grad_(), z.clone().requires_grad_()
+    wanted = torch.autograd.grad(norm(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(norm, (0, 1))(weight, z), wanted)
+    along = torch.randn_like(weight)
+    tangent = torch.func.jvp(lambda weight: norm(weight, z), (weight,), (along,))[1]
+    torch.testing.assert_close(tangent, (wanted[0] * along).sum())
+    several = torch.vmap(lambda weight: norm(weight, z), randomness="same")(torch.stack([weight, 2 * weight]))
+    torch.testing.assert_close(several, torch.stack([norm(weight, z), norm(2 * weight, z)]))
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_in_inference_mode_as_without_gradients(closed):
     """There the engine records nothing, and a product would be 0."""

@@ -63,7 +63,7 @@ class Injected:
         So the gradient and the penalty share one evaluation at the equilibrium, and one backward pass of it.
         Who asks a third time may have changed the weights meanwhile.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or z.requires_grad:
+        if backends.transformed() or not torch.is_grad_enabled() or z.requires_grad:
             return product(z, self.u)
         asked = (z.data_ptr(), z._version, z.shape, z.stride(), z.dtype)
         if self._evaluated and self._evaluated[0] == asked:

@@ -47,8 +47,9 @@ def jacobian_norm(
     Koltun & Kolter, arXiv 2106.14342, eq. 6). It costs `probes` vector-Jacobian products. Differentiable in z
     and in what f closes over.
 
-    `torch.compile` takes it into one graph, its backward included, with new probes at every call. There
-    `torch.func.vjp` runs f, so f must not write into its buffers, as BatchNorm does in train mode.
+    `torch.compile` takes it into one graph, its backward included, with new probes at every call, and the
+    transforms of `torch.func` go through it. There `torch.func.vjp` runs f, so f must not write into its
+    buffers, as BatchNorm does in train mode.
 
     Args:
         f: from a state to a state; the samples of a batch must not depend on each other. If it has a method
@@ -169,11 +170,11 @@ def vjp(f: Function, z: Tensor) -> tuple[Tensor, Function]:
     """`f(z)` and `ε ↦ εᵀJ`, both differentiable in z and in what f closes over.
 
     Under torch.compile the product is written out in the forward (`torch.func.vjp`), because a compiled
-    region has no double backward. Eagerly the autograd engine does it, which takes any f: also one with
-    running statistics or with an autograd.Function that torch.func cannot transform. What was compiled by
-    itself runs as it was written.
+    region has no double backward; and in the transforms of torch.func, which the engine does not know.
+    Otherwise the engine does it, which takes any f: also one with running statistics or with an
+    autograd.Function that torch.func cannot transform. What was compiled by itself runs as it was written.
     """
-    if torch.compiler.is_compiling():
+    if backends.transformed():
         value, transposed = torch.func.vjp(f, z)[:2]
         check_value(value, z, same_dtype=False)
         return value, lambda vector: transposed(vector)[0]
@@ -402,6 +403,11 @@ def _normalise(rows: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tenso
     return rows * scale[:, None], torch.where(kept, norm, 0)
 
 
+def _number(value: float) -> Tensor:
+    """As a tensor, because a compiled graph would hold a Python number as a constant."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 class JacobianPenalty(nn.Module):
     """`τ γ · jacobian_norm(f, z*)` with `τ ~ Bernoulli(p)` drawn once a call (arXiv 2106.14342, eq. 6).
 
@@ -472,8 +478,7 @@ class JacobianPenalty(nn.Module):
         self.fired = 0
         self._draws = torch.Generator("cpu").manual_seed(seed)
         self._drawn: bool | None = None  # τ of the next call, where it is known already
-        # γ of the last draw. A tensor, because a compiled graph would hold a Python number as a constant.
-        self._scale = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._scale = _number(0.0)  # γ of the last draw
 
     @property
     def present_weight(self) -> float:
@@ -492,7 +497,7 @@ class JacobianPenalty(nn.Module):
         weight = self.present_weight
         tau = torch.rand((), generator=self._draws, device="cpu").item() < self.probability
         self._drawn = tau and weight > 0
-        self._scale.fill_(weight)
+        self._scale = _number(weight)  # a new one: nothing may be written into from inside torch.func
         self.calls += 1
         self.fired += self._drawn
         return self._drawn
@@ -538,7 +543,7 @@ class JacobianPenalty(nn.Module):
         self._draws.set_state(state["draws"].cpu())
         self.calls, self.fired = state["calls"], state["fired"]
         self._drawn = state["drawn"]
-        self._scale.fill_(state["scale"])
+        self._scale = _number(state["scale"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draws": self._draws.get_state()}  # a Generator cannot be pickled

@@ -200,6 +200,10 @@ def test_so_are_those_in_what_the_loss_does_with_it():
         torch.autograd.grad(grad.square().sum(), head)
     with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
         torch.func.grad(lambda head: torch.func.grad(of_x)(x.detach(), head).square().sum())(head.detach())
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        torch.func.jvp(
+            lambda head: torch.func.grad(of_x)(x.detach(), head), (head.detach(),), (head.detach(),)
+        )
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Part(NamedTuple):
     Attributes:
         operands: what the kernel gets for it; the first is a tensor, by whose size maps are ordered.
         constants: what it gets for it at compile time.
-        programs, warps: how many programs it takes for a sample, and how many warps are best for it.
+        programs, warps: how many programs it takes, of a map for each sample; how many warps are best for it.
         result: what comes of it.
     """
 

@@ -9,17 +9,18 @@ Programs of stopped samples return at once. The formulas stand in triton_deq/ref
 import triton
 import triton.language as tl
 
+from .mixing import load_gram, load_slots, mix, weights_of
 from .primitives import (
-    BEST,
     COUNT,
     RUNNING,
-    STATUS,
     batch_sums,
     is_finite,
     judge_sample,
-    mixing_weights,
+    load_sums,
+    look_up,
+    look_up_more,
     pick,
-    sample_sums,
+    side_by_side,
     snapshot,
     write_down,
 )
@@ -27,46 +28,46 @@ from .primitives import (
 
 @triton.jit
 def take_in(
-    fx_ptr,
-    x_ptr,
-    residuals_ptr,
-    iterates_ptr,
-    row,
-    ring,
-    columns,
+    fx,
+    x,
+    older,
+    residual_ptr,
+    iterate_ptr,
     inside,
     slot,
-    filled,
-    dots,
-    lanes,
     HISTORY: tl.constexpr,
+    LANES: tl.constexpr,
     MIXING: tl.constexpr,
     LANDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One block of `G = f − x` and of `x + β G` into ring slot `slot`.
+    """One block of `G = f − x` and of `x + β G` into the ring's newest slot, to which the pointers lead.
 
-    Returns x and the iterate as they are stored, and `dots` plus the block's `G · G_j`, ‖f‖² in lane HISTORY.
+    Returns the iterate as it is stored, and the block's part of `G · G_j`, with ‖f‖² in lane HISTORY.
+
+    fx, x: [BLOCK]    older: G_j of the other slots, a tuple of [BLOCK]
     """
-    fx = tl.load(fx_ptr + row + columns, mask=inside, other=0).to(WIDE)
-    x = tl.load(x_ptr + row + columns, mask=inside, other=0)
+    wide_fx = fx.to(WIDE)
     wide_x = x.to(WIDE)
     # Rounded as it is stored: else the row would not belong to the Gram matrix of the stored ring.
-    residual = (fx - wide_x).to(x.dtype).to(WIDE)
-    iterate = (wide_x + MIXING * (fx - wide_x)).to(x.dtype)
-    tl.store(residuals_ptr + slot * ring + row + columns, residual, mask=inside)
+    residual = (wide_fx - wide_x).to(x.dtype).to(WIDE)
+    iterate = (wide_x + MIXING * (wide_fx - wide_x)).to(x.dtype)
+    tl.store(residual_ptr, residual, mask=inside)
     if not (LANDED and MIXING == 1):
-        tl.store(iterates_ptr + slot * ring + row + columns, iterate, mask=inside)
+        tl.store(iterate_ptr, iterate, mask=inside)
 
     # In float64, which neither overflows nor underflows for squares of any float32.
     exact = residual.to(tl.float64)
-    dots += tl.where(lanes == HISTORY, tl.sum(fx.to(tl.float64) * fx.to(tl.float64), axis=0), 0)
-    for j in tl.static_range(HISTORY):
-        older = tl.where((j < filled) & (j != slot), inside, False)
-        other = tl.load(residuals_ptr + j * ring + row + columns, mask=older, other=0).to(WIDE)
-        other = tl.where(j == slot, residual, other)
-        dots += tl.where(lanes == j, tl.sum(exact * other.to(tl.float64), axis=0), 0)
-    return x, iterate, dots
+    products = ()
+    for j in tl.static_range(LANES):
+        if j < HISTORY:
+            products += (exact * tl.where(slot == j, residual, older[j].to(WIDE)).to(tl.float64),)
+        elif j == HISTORY:
+            products += (wide_fx.to(tl.float64) * wide_fx.to(tl.float64),)
+        else:
+            products += (tl.zeros_like(exact),)
+    # Added up all at once: sums one after another would wait for as many barriers.
+    return iterate, tl.reshape(tl.sum(side_by_side(products), axis=0), [LANES])
 
 
 @triton.jit(do_not_specialize=["slot", "filled", "B", "parts"])
@@ -99,10 +100,7 @@ def anderson_residual_kernel(
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
-    if part == 0:
-        snapshot(record_ptr, before_ptr, B, sample)
-
-    if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
+    if snapshot(record_ptr, before_ptr, B, sample, part) == RUNNING:
         lanes = tl.arange(0, LANES)
         dots = tl.zeros([LANES], dtype=tl.float64)
         row = sample.to(tl.int64) * N
@@ -111,24 +109,25 @@ def anderson_residual_kernel(
         for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < N
-            _, _, dots = take_in(
-                fx_ptr,
-                x_ptr,
-                residuals_ptr,
-                iterates_ptr,
-                row,
-                ring,
-                columns,
+            fx = tl.load(fx_ptr + row + columns, mask=inside, other=0)
+            x = tl.load(x_ptr + row + columns, mask=inside, other=0)
+            older = load_slots(residuals_ptr + row + columns, ring, inside, slot, filled, HISTORY, True)
+            newest = slot * ring + row + columns
+            _, sums = take_in(
+                fx,
+                x,
+                older,
+                residuals_ptr + newest,
+                iterates_ptr + newest,
                 inside,
                 slot,
-                filled,
-                dots,
-                lanes,
                 HISTORY,
+                LANES,
                 MIXING,
                 LANDED,
                 WIDE,
             )
+            dots += sums
         tl.store(dots_ptr + (sample * parts + part) * LANES + lanes, dots)
 
 
@@ -140,49 +139,52 @@ def decide(
     finite,
     best,
     count,
-    gram_ptr,
-    record_ptr,
-    active_ptr,
-    B,
-    sample,
-    tick,
+    known,
+    gram,
     slot,
     last,
-    writes,
     lanes,
     HISTORY: tl.constexpr,
     RELATIVE: tl.constexpr,
     RIDGE: tl.constexpr,
     RELATIVE_RIDGE: tl.constexpr,
 ):
-    """Judge a sample and solve for its mixing weights: (improved, moving, weights).
+    """Judge a sample and solve for its mixing weights: (improved, moving, weights, what `note_down` takes).
 
-    Every program of a sample decides the same from the same numbers; the one that `writes` notes it down.
+    Every program of a sample decides the same from the same numbers; one of them notes it down.
 
-    sums: [LANES], the Gram matrix's new row. best, count: the record's, before this step.
+    sums: [LANES], the Gram matrix's new row. best: the record's, before this step. count: how many slots
+    may take part. known: of `look_up_more`. gram: of `load_gram`.
     """
-    status, residual, improved, limit = judge_sample(
-        record_ptr, B, sample, residual_sq, value_sq, finite, best, RELATIVE
-    )
+    status, improved, verdict = judge_sample(known, residual_sq, value_sq, finite, best, RELATIVE)
     moving = (status == RUNNING) & (last == 0)
+    weights, mixed = weights_of(gram, sums, slot, count, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
+    return improved, moving, weights, (verdict, sums, moving, tl.where(mixed, count, 1))
 
-    offsets = sample * HISTORY * HISTORY + lanes[:, None] * HISTORY + lanes[None, :]
-    within = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
-    gram = tl.load(gram_ptr + offsets, mask=within, other=0)
-    # Row and column `slot` may already hold this step's sums or not: the ones in registers count.
-    gram = tl.where(lanes[:, None] == slot, sums[None, :], gram)
-    gram = tl.where(lanes[None, :] == slot, sums[:, None], gram)
-    count = tl.minimum(count.to(tl.int32) + 1, HISTORY)
-    weights, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
 
-    if writes:
-        write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite, improved, limit)
-        row = gram_ptr + sample * HISTORY * HISTORY
-        tl.store(row + slot * HISTORY + lanes, sums, mask=lanes < HISTORY)
-        tl.store(row + lanes * HISTORY + slot, sums, mask=lanes < HISTORY)
-        if moving:
-            tl.store(record_ptr + COUNT * B + sample, tl.where(mixed, count, 1))
-    return improved, moving, weights
+@triton.jit
+def note_down(
+    record_ptr,
+    gram_ptr,
+    active_ptr,
+    B,
+    sample,
+    tick,
+    slot,
+    noted,
+    lanes,
+    HISTORY: tl.constexpr,
+):
+    """What `decide` has found: the verdict, the Gram matrix's new row and column, how many slots are kept.
+
+    gram: the sample's
+    """
+    verdict, sums, moving, count = noted
+    write_down(record_ptr, active_ptr, B, sample, tick, verdict)
+    tl.store(gram_ptr + slot * HISTORY + lanes, sums, mask=lanes < HISTORY)
+    tl.store(gram_ptr + lanes * HISTORY + slot, sums, mask=lanes < HISTORY)
+    if moving:
+        tl.store(record_ptr + COUNT * B + sample, count)
 
 
 @triton.jit(do_not_specialize=["tick", "next_tick", "slot", "last", "B", "parts"])
@@ -223,54 +225,59 @@ def anderson_advance_kernel(
     part = tl.program_id(1)
     if (sample == 0) & (part == 0):
         tl.store(active_ptr + next_tick, 0)
-    if tl.load(before_ptr + STATUS * B + sample) == RUNNING:
+    status, best, kept = look_up(before_ptr, B, sample)
+    if (status == RUNNING) & (kept >= 0):  # the count, too, before the branch: it says what to load behind
+        known = look_up_more(record_ptr, B, sample)
+        # All that the decision takes is on its way before the first barrier, and what will be mixed as well.
         lanes = tl.arange(0, LANES)
-        sums = sample_sums(dots_ptr, sample, parts, lanes, LANES, PARTS)
+        count = tl.minimum(kept.to(tl.int32) + 1, HISTORY)
+        gram_ptr += sample * HISTORY * HISTORY
+        gram = load_gram(gram_ptr, slot, count, lanes, HISTORY)
+        partial = load_sums(dots_ptr, sample, parts, lanes, LANES, PARTS)
+        row = sample.to(tl.int64) * N
+        ring = B.to(tl.int64) * N
+        begin = part * chunk
+        end = tl.minimum(begin + chunk, N)
+        columns = begin + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + columns, mask=columns < end, other=0)
+        needed = tl.where(last == 0, columns < end, False)
+        iterates = load_slots(iterates_ptr + row + columns, ring, needed, slot, count, HISTORY, False)
+
+        sums = tl.sum(partial, axis=0)
         residual_sq = pick(sums, lanes, slot)
         value_sq = pick(sums, lanes, HISTORY)
         finite = is_finite(residual_sq) & is_finite(value_sq)
         if OVER_BATCH:
             residual_sq, value_sq = batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY, LANES)
-        improved, moving, weights = decide(
+        improved, moving, weights, noted = decide(
             sums,
             residual_sq,
             value_sq,
             finite,
-            tl.load(before_ptr + BEST * B + sample),
-            tl.load(before_ptr + COUNT * B + sample),
-            gram_ptr,
-            record_ptr,
-            active_ptr,
-            B,
-            sample,
-            tick,
+            best,
+            count,
+            known,
+            gram,
             slot,
             last,
-            part == 0,
             lanes,
             HISTORY,
             RELATIVE,
             RIDGE,
             RELATIVE_RIDGE,
         )
-
-        row = sample.to(tl.int64) * N
-        ring = B.to(tl.int64) * N
-        begin = part * chunk
-        for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
+        for start in range(begin, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < N
-            if improved:
-                x = tl.load(x_ptr + row + columns, mask=inside, other=0)
-                tl.store(best_ptr + row + columns, x, mask=inside)
-            if moving:
-                total = tl.zeros([BLOCK], dtype=WIDE)
-                for j in tl.static_range(HISTORY):
-                    weight = pick(weights, lanes, j).to(WIDE)
-                    used = tl.where(weight != 0, inside, False)
-                    iterate = tl.load(iterates_ptr + j * ring + row + columns, mask=used, other=0)
-                    total += weight * iterate.to(WIDE)
-                tl.store(x_ptr + row + columns, total, mask=inside)
+            inside = columns < end
+            tl.store(best_ptr + row + columns, x, mask=tl.where(improved, inside, False))
+            following = mix(iterates, weights, HISTORY, WIDE)
+            tl.store(x_ptr + row + columns, following, mask=tl.where(moving, inside, False))
+            ahead = columns + BLOCK
+            x = tl.load(x_ptr + row + ahead, mask=tl.where(improved, ahead < end, False), other=0)
+            needed = tl.where(moving, ahead < end, False)
+            iterates = load_slots(iterates_ptr + row + ahead, ring, needed, slot, count, HISTORY, False)
+        if part == 0:
+            note_down(record_ptr, gram_ptr, active_ptr, B, sample, tick, slot, noted, lanes, HISTORY)
 
 
 @triton.jit(do_not_specialize=["tick", "next_tick", "slot", "filled", "last", "B"])
@@ -309,64 +316,60 @@ def anderson_step_kernel(
     sample = tl.program_id(0)
     if sample == 0:
         tl.store(active_ptr + next_tick, 0)
-    if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
-        # Loaded here, the sums' barriers lie between these and the stores that renew them.
-        best = tl.load(record_ptr + BEST * B + sample)
-        count = tl.load(record_ptr + COUNT * B + sample)
+    # Loaded here, the sums' barriers lie between these and the stores that renew them.
+    status, best, kept = look_up(record_ptr, B, sample)
+    if (status == RUNNING) & (kept >= 0):  # the count, too, before the branch: it says what to load behind
+        known = look_up_more(record_ptr, B, sample)
         lanes = tl.arange(0, LANES)
+        count = tl.minimum(kept.to(tl.int32) + 1, HISTORY)
+        gram_ptr += sample * HISTORY * HISTORY
+        gram = load_gram(gram_ptr, slot, count, lanes, HISTORY)
         columns = tl.arange(0, BLOCK)
         inside = columns < N
-        row = sample.to(tl.int64) * N
+        place = sample.to(tl.int64) * N + columns
         ring = B.to(tl.int64) * N
-        x, newest, sums = take_in(
-            fx_ptr,
-            x_ptr,
-            residuals_ptr,
-            iterates_ptr,
-            row,
-            ring,
-            columns,
+        fx = tl.load(fx_ptr + place, mask=inside, other=0)
+        x = tl.load(x_ptr + place, mask=inside, other=0)
+        older = load_slots(residuals_ptr + place, ring, inside, slot, filled, HISTORY, True)
+        needed = tl.where(last == 0, inside, False)
+        iterates = load_slots(iterates_ptr + place, ring, needed, slot, count, HISTORY, True)
+        newest, sums = take_in(
+            fx,
+            x,
+            older,
+            residuals_ptr + slot * ring + place,
+            iterates_ptr + slot * ring + place,
             inside,
             slot,
-            filled,
-            tl.zeros([LANES], dtype=tl.float64),
-            lanes,
             HISTORY,
+            LANES,
             MIXING,
             LANDED,
             WIDE,
         )
         residual_sq = pick(sums, lanes, slot)
         value_sq = pick(sums, lanes, HISTORY)
-        improved, moving, weights = decide(
+        improved, moving, weights, noted = decide(
             sums,
             residual_sq,
             value_sq,
             is_finite(residual_sq) & is_finite(value_sq),
             best,
             count,
-            gram_ptr,
-            record_ptr,
-            active_ptr,
-            B,
-            sample,
-            tick,
+            known,
+            gram,
             slot,
             last,
-            True,
             lanes,
             HISTORY,
             RELATIVE,
             RIDGE,
             RELATIVE_RIDGE,
         )
-        if improved:
-            tl.store(best_ptr + row + columns, x, mask=inside)
-        if moving:
-            total = pick(weights, lanes, slot).to(WIDE) * newest.to(WIDE)
-            for j in tl.static_range(HISTORY):
-                weight = pick(weights, lanes, j).to(WIDE)
-                used = tl.where((weight != 0) & (j != slot), inside, False)
-                iterate = tl.load(iterates_ptr + j * ring + row + columns, mask=used, other=0)
-                total += weight * iterate.to(WIDE)
-            tl.store(x_ptr + row + columns, total, mask=inside)
+        ready = ()
+        for j in tl.static_range(HISTORY):
+            ready += (tl.where(slot == j, newest, iterates[j]),)
+        tl.store(best_ptr + place, x, mask=tl.where(improved, inside, False))
+        following = mix(ready, weights, HISTORY, WIDE)
+        tl.store(x_ptr + place, following, mask=tl.where(moving, inside, False))
+        note_down(record_ptr, gram_ptr, active_ptr, B, sample, tick, slot, noted, lanes, HISTORY)

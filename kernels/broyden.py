@@ -7,23 +7,46 @@ of the size of a state is updated but the newest pair, stands in triton_deq/refe
 import triton
 import triton.language as tl
 
+from .mixing import load_slots, mix, scalars
 from .primitives import (
-    BEST,
     COUNT,
     LEAST_SQUARE,
     RUNNING,
-    STATUS,
     UNROLLED,
     WEIGHT_LIMIT,
     batch_sums,
     is_finite,
     judge_sample,
+    load_sums,
+    look_up,
+    look_up_more,
     pick,
-    sample_sums,
+    side_by_side,
     snapshot,
     solve_pivoted,
     write_down,
 )
+
+TOGETHER = tl.constexpr(8)
+"""Of many slots, so many are loaded at once."""
+
+
+@triton.jit
+def sums_of(values):
+    """Four sums, each of a vector, for the barriers of one."""
+    even, odd = tl.split(tl.sum(side_by_side(values), axis=0))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def load_pair(moves_ptr, changes_ptr, columns, ring, inside, i, slot, newest, filled):
+    """A move and its change at some columns; zeros if slot i is the open or newest one, or not filled."""
+    older = tl.where((i < filled) & (i != slot) & (i != newest), inside, False)
+    move = tl.load(moves_ptr + i * ring + columns, mask=older, other=0)
+    change = tl.load(changes_ptr + i * ring + columns, mask=older, other=0)
+    return move, change
 
 
 @triton.jit(do_not_specialize=["slot", "newest", "filled", "B", "parts"])
@@ -57,10 +80,7 @@ def broyden_residual_kernel(
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
-    if part == 0:
-        snapshot(record_ptr, before_ptr, B, sample)
-
-    if tl.load(record_ptr + STATUS * B + sample) == RUNNING:
+    if snapshot(record_ptr, before_ptr, B, sample, part) == RUNNING:
         lanes = tl.arange(0, LANES)
         by_residual = tl.zeros([LANES], dtype=tl.float64)
         by_curvature = tl.zeros([LANES], dtype=tl.float64)
@@ -94,19 +114,24 @@ def broyden_residual_kernel(
             fx64 = fx.to(tl.float64)
             move64 = move.to(tl.float64)
             curvature = move64 - change.to(tl.float64)
-            by_residual += tl.where(lanes == SLOTS, tl.sum(residual * residual, axis=0), 0)
-            by_curvature += tl.where(lanes == SLOTS, tl.sum(fx64 * fx64, axis=0), 0)
-            by_change += tl.where(lanes == SLOTS, tl.sum(move64 * move64, axis=0), 0)
+            nothing = tl.zeros_like(move64)
+            squares = sums_of((residual * residual, fx64 * fx64, move64 * move64, nothing))
+            by_residual += tl.where(lanes == SLOTS, squares[0], 0)
+            by_curvature += tl.where(lanes == SLOTS, squares[1], 0)
+            by_change += tl.where(lanes == SLOTS, squares[2], 0)
             # Not unrolled: the compiler would issue the loads of all pairs at once and run out of registers.
+            # But the next pair is on its way while this one's products are added up.
+            place = row + columns
+            pair = load_pair(moves_ptr, changes_ptr, place, ring, inside, 0, slot, newest, filled)
             for i in tl.range(0, filled, num_stages=1):
-                older = tl.where((i != slot) & (i != newest), inside, False)
-                other_move = tl.load(moves_ptr + i * ring + row + columns, mask=older, other=0).to(WIDE)
-                other_change = tl.load(changes_ptr + i * ring + row + columns, mask=older, other=0).to(WIDE)
-                other = tl.where(i == newest, move, other_move).to(tl.float64)
-                by_residual += tl.where(lanes == i, tl.sum(other * residual, axis=0), 0)
-                by_curvature += tl.where(lanes == i, tl.sum(other * curvature, axis=0), 0)
-                other = tl.where(i == newest, change, other_change).to(tl.float64)
-                by_change += tl.where(lanes == i, tl.sum(other * move64, axis=0), 0)
+                other_move = tl.where(i == newest, move, pair[0].to(WIDE)).to(tl.float64)
+                other_change = tl.where(i == newest, change, pair[1].to(WIDE)).to(tl.float64)
+                pair = load_pair(moves_ptr, changes_ptr, place, ring, inside, i + 1, slot, newest, filled)
+                products = (other_move * residual, other_move * curvature, other_change * move64, nothing)
+                sums = sums_of(products)
+                by_residual += tl.where(lanes == i, sums[0], 0)
+                by_curvature += tl.where(lanes == i, sums[1], 0)
+                by_change += tl.where(lanes == i, sums[2], 0)
         out = dots_ptr + (sample * parts + part) * 3 * LANES + lanes
         tl.store(out, by_residual)
         tl.store(out + LANES, by_curvature)
@@ -128,11 +153,15 @@ def broyden_coefficients(matrix, squares, right, pairs, slot, lanes, SLOTS: tl.c
 
 
 @triton.jit
-def weighted(change_ptr, weights, lanes, i, inside, WIDE: tl.constexpr):
-    """One change times its weight; what has none is not read."""
-    weight = pick(weights, lanes, i).to(WIDE)
-    used = tl.where(weight != 0, inside, False)
-    return weight * tl.load(change_ptr, mask=used, other=0).to(WIDE)
+def weighted(ring_ptr, stride, inside, weights, lanes, first, WIDE: tl.constexpr):
+    """TOGETHER slots from `first` on times their weights, loaded all at once; what has none is not read."""
+    slots = ()
+    factors = ()
+    for k in tl.static_range(TOGETHER):
+        factors += (pick(weights, lanes, first + k),)  # 0 for slots that are none
+        used = tl.where(factors[k] != 0, inside, False)
+        slots += (tl.load(ring_ptr + (first + k) * stride, mask=used, other=0),)
+    return mix(slots, factors, TOGETHER, WIDE)
 
 
 @triton.jit(do_not_specialize=["tick", "next_tick", "slot", "newest", "last", "B", "parts"])
@@ -174,11 +203,32 @@ def broyden_advance_kernel(
     part = tl.program_id(1)
     if (sample == 0) & (part == 0):
         tl.store(active_ptr + next_tick, 0)
-    if tl.load(before_ptr + STATUS * B + sample) == RUNNING:
+    status, best, kept = look_up(before_ptr, B, sample)
+    if status == RUNNING:
+        known = look_up_more(record_ptr, B, sample)
         lanes = tl.arange(0, LANES)
-        by_residual = sample_sums(dots_ptr, sample, parts, lanes, 3 * LANES, PARTS)
-        by_curvature = sample_sums(dots_ptr + LANES, sample, parts, lanes, 3 * LANES, PARTS)
-        by_change = sample_sums(dots_ptr + 2 * LANES, sample, parts, lanes, 3 * LANES, PARTS)
+        # All that the decision takes is on its way before the first barrier, and what may be mixed as well.
+        pairs = kept.to(tl.int32)
+        parts_of_residual = load_sums(dots_ptr, sample, parts, lanes, 3 * LANES, PARTS)
+        parts_of_curvature = load_sums(dots_ptr + LANES, sample, parts, lanes, 3 * LANES, PARTS)
+        parts_of_change = load_sums(dots_ptr + 2 * LANES, sample, parts, lanes, 3 * LANES, PARTS)
+        within = (lanes < SLOTS)[:, None] & (lanes < SLOTS)[None, :]
+        offsets = sample * SLOTS * SLOTS + lanes[:, None] * SLOTS + lanes[None, :]
+        matrix = tl.load(matrix_ptr + offsets, mask=within, other=0)
+        squares = tl.load(squares_ptr + sample * SLOTS + lanes, mask=lanes < SLOTS, other=0)
+        row = sample.to(tl.int64) * N
+        ring = B.to(tl.int64) * N
+        begin = part * chunk
+        end = tl.minimum(begin + chunk, N)
+        columns = begin + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + columns, mask=columns < end, other=0)
+        if SLOTS <= UNROLLED:
+            needed = tl.where(last == 0, columns < end, False)
+            changes = load_slots(changes_ptr + row + columns, ring, needed, slot, pairs + 1, SLOTS, False)
+
+        by_residual = tl.sum(parts_of_residual, axis=0)
+        by_curvature = tl.sum(parts_of_curvature, axis=0)
+        by_change = tl.sum(parts_of_change, axis=0)
         residual_sq = pick(by_residual, lanes, SLOTS)
         value_sq = pick(by_curvature, lanes, SLOTS)
         finite = is_finite(residual_sq) & is_finite(value_sq)
@@ -186,54 +236,42 @@ def broyden_advance_kernel(
             residual_sq, value_sq = batch_sums(
                 dots_ptr, before_ptr, B, parts, SLOTS, LANES + SLOTS, 3 * LANES
             )
-        best = tl.load(before_ptr + BEST * B + sample)
-        status, residual, improved, limit = judge_sample(
-            record_ptr, B, sample, residual_sq, value_sq, finite, best, RELATIVE
-        )
-        moving = (status == RUNNING) & (last == 0)
+        judged, improved, verdict = judge_sample(known, residual_sq, value_sq, finite, best, RELATIVE)
+        moving = (judged == RUNNING) & (last == 0)
 
-        within = (lanes < SLOTS)[:, None] & (lanes < SLOTS)[None, :]
-        offsets = sample * SLOTS * SLOTS + lanes[:, None] * SLOTS + lanes[None, :]
-        matrix = tl.load(matrix_ptr + offsets, mask=within, other=0)
         # The newest pair's may hold this step's sums already or not: the ones in registers count.
         matrix = tl.where(lanes[:, None] == newest, -by_change[None, :], matrix)
         matrix = tl.where(lanes[None, :] == newest, by_curvature[:, None], matrix)
         square = pick(by_change, lanes, SLOTS)
-        squares = tl.load(squares_ptr + sample * SLOTS + lanes, mask=lanes < SLOTS, other=0)
         squares = tl.where(lanes == newest, square, squares)
-        pairs = tl.load(before_ptr + COUNT * B + sample).to(tl.int32)
         coefficients, useful = broyden_coefficients(matrix, squares, by_residual, pairs, slot, lanes, SLOTS)
 
+        # The open slot holds f(x), so with a weight of one there the sum is the next iterate.
+        weights = tl.where(lanes == slot, 1.0, coefficients)
+        for start in range(begin, end, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            place = row + columns
+            goes_on = tl.where(moving, columns < end, False)
+            tl.store(best_ptr + place, x, mask=tl.where(improved, columns < end, False))
+            if SLOTS <= UNROLLED:
+                total = mix(changes, scalars(weights, lanes, SLOTS), SLOTS, WIDE)
+                needed = tl.where(moving, columns + BLOCK < end, False)
+                changes = load_slots(changes_ptr + place + BLOCK, ring, needed, slot, pairs + 1, SLOTS, False)
+            else:
+                total = tl.zeros([BLOCK], dtype=WIDE)
+                for first in range(0, SLOTS, TOGETHER):
+                    total += weighted(changes_ptr + place, ring, goes_on, weights, lanes, first, WIDE)
+            tl.store(x_ptr + place, total, mask=goes_on)
+            needed = tl.where(improved, columns + BLOCK < end, False)
+            x = tl.load(x_ptr + place + BLOCK, mask=needed, other=0)
+
         if part == 0:
-            write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite, improved, limit)
-            row = matrix_ptr + sample * SLOTS * SLOTS
+            write_down(record_ptr, active_ptr, B, sample, tick, verdict)
+            matrix_ptr += sample * SLOTS * SLOTS
             others = (lanes < SLOTS) & (lanes != newest)
-            tl.store(row + newest * SLOTS + lanes, -by_change, mask=others)
-            tl.store(row + lanes * SLOTS + newest, by_curvature, mask=lanes < SLOTS)
+            tl.store(matrix_ptr + newest * SLOTS + lanes, -by_change, mask=others)
+            tl.store(matrix_ptr + lanes * SLOTS + newest, by_curvature, mask=lanes < SLOTS)
             tl.store(squares_ptr + sample * SLOTS + newest, square)
             if moving:
                 count = tl.where(useful, tl.minimum(pairs + 1, SLOTS - 1), 1)
                 tl.store(record_ptr + COUNT * B + sample, count)
-
-        # The open slot holds f(x), so with a weight of one there the sum is the next iterate.
-        weights = tl.where(lanes == slot, 1.0, coefficients)
-        row = sample.to(tl.int64) * N
-        ring = B.to(tl.int64) * N
-        begin = part * chunk
-        for start in range(begin, tl.minimum(begin + chunk, N), BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < N
-            if improved:
-                x = tl.load(x_ptr + row + columns, mask=inside, other=0)
-                tl.store(best_ptr + row + columns, x, mask=inside)
-            if moving:
-                total = tl.zeros([BLOCK], dtype=WIDE)
-                if SLOTS <= UNROLLED:
-                    for i in tl.static_range(SLOTS):
-                        change_ptr = changes_ptr + i * ring + row + columns
-                        total += weighted(change_ptr, weights, lanes, i, inside, WIDE)
-                else:
-                    for i in range(SLOTS):
-                        change_ptr = changes_ptr + i * ring + row + columns
-                        total += weighted(change_ptr, weights, lanes, i, inside, WIDE)
-                tl.store(x_ptr + row + columns, total, mask=inside)

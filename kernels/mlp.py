@@ -7,6 +7,7 @@ triton_deq/reference/mlp.py.
 import triton
 import triton.language as tl
 
+from .mixing import mixing_weights
 from .primitives import (
     BEST,
     CONVERGED,
@@ -23,7 +24,6 @@ from .primitives import (
     activation_slope,
     is_finite,
     judge,
-    mixing_weights,
     probe_entries,
     standardise,
     standardise_vjp,

@@ -165,12 +165,12 @@ def pick(vector, lanes, lane):
 
 
 @triton.jit
-def beside(values):
-    """`[...] -> [..., 1]`, so that one value goes with each vector of many; a scalar stays one."""
-    if len(values.shape) > 0:
-        return tl.expand_dims(values, -1)
+def side_by_side(values):
+    """`[n]` each of a power of 2 of tensors `-> [n, 2, .., 2]`, in every thread what it has of them."""
+    if len(values) == 1:
+        return values[0]
     else:
-        return values
+        return tl.join(side_by_side(values[0::2]), side_by_side(values[1::2]))
 
 
 @triton.jit
@@ -188,15 +188,14 @@ def judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE: tl.co
 
 
 @triton.jit
-def sample_sums(dots_ptr, sample, parts, lanes, STRIDE: tl.constexpr, PARTS: tl.constexpr):
-    """Add one sample's partial sums at `lanes` in float64, in a fixed order: a vector like `lanes`.
+def load_sums(dots_ptr, sample, parts, lanes, STRIDE: tl.constexpr, PARTS: tl.constexpr):
+    """One sample's partial sums at `lanes`, `[PARTS, LANES]`: along axis 0 they are still to be added.
 
     dots: [B, parts, STRIDE]
     """
     index = tl.arange(0, PARTS)
     offsets = (sample * parts + index)[:, None] * STRIDE + lanes[None, :]
-    partial = tl.load(dots_ptr + offsets, mask=(index < parts)[:, None], other=0)
-    return tl.sum(partial, axis=0)
+    return tl.load(dots_ptr + offsets, mask=(index < parts)[:, None], other=0)
 
 
 @triton.jit
@@ -221,32 +220,54 @@ def batch_sums(dots_ptr, before_ptr, B, parts, residual_lane, value_lane, STRIDE
 
 
 @triton.jit
-def snapshot(record_ptr, before_ptr, B, sample):
-    """Copy the rows of the record that a step's last kernel both reads and renews.
-
-    Its programs of one sample run side by side, so they may not read what one of them writes.
-    """
-    tl.store(before_ptr + STATUS * B + sample, tl.load(record_ptr + STATUS * B + sample))
-    tl.store(before_ptr + COUNT * B + sample, tl.load(record_ptr + COUNT * B + sample))
-    tl.store(before_ptr + BEST * B + sample, tl.load(record_ptr + BEST * B + sample))
+def look_up(record_ptr, B, sample):
+    """What a step begins with: a sample's status, best residual and count, as they stand in the record."""
+    status = tl.load(record_ptr + STATUS * B + sample)
+    best = tl.load(record_ptr + BEST * B + sample)
+    count = tl.load(record_ptr + COUNT * B + sample)
+    return status, best, count
 
 
 @triton.jit
-def judge_sample(record_ptr, B, sample, residual_sq, value_sq, finite, best, RELATIVE: tl.constexpr):
-    """`judge` with what the record knows of the sample: (status, residual, improved, limit)."""
-    # 0 until the first step. Whether part 0 has stored it already or not, every program gets the same.
+def look_up_more(record_ptr, B, sample):
+    """What `judge_sample` takes besides: limit, tolerance and steps, loaded before anything has to wait."""
     limit = tl.load(record_ptr + LIMIT * B + sample)
-    limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
     tolerance = tl.load(record_ptr + TOLERANCE * B + sample)
-    status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
-    return status, residual, improved, limit
+    steps = tl.load(record_ptr + STEPS * B + sample)
+    return limit, tolerance, steps
 
 
 @triton.jit
-def write_down(record_ptr, active_ptr, B, sample, tick, status, residual, finite, improved, limit):
-    """The judgement into the record, and one more in `active[tick]` if the sample goes on."""
+def snapshot(record_ptr, before_ptr, B, sample, part):
+    """Copy what `look_up` gives, the rows of the record that a step's last kernel both reads and renews.
+
+    Its programs of one sample run side by side, so they may not read what one of them writes. Returns the
+    status.
+    """
+    status, best, count = look_up(record_ptr, B, sample)
+    # Masks, since behind a branch they would be loaded one after the other.
+    tl.store(before_ptr + STATUS * B + sample, status, mask=part == 0)
+    tl.store(before_ptr + BEST * B + sample, best, mask=part == 0)
+    tl.store(before_ptr + COUNT * B + sample, count, mask=part == 0)
+    return status
+
+
+@triton.jit
+def judge_sample(known, residual_sq, value_sq, finite, best, RELATIVE: tl.constexpr):
+    """`judge` with what the record knows of the sample: (status, improved, verdict for `write_down`)."""
+    limit, tolerance, steps = known
+    # 0 until the first step. Whether part 0 has stored it already or not, every program gets the same.
+    limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
+    status, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
+    return status, improved, (status, residual, finite, improved, limit, steps + 1)
+
+
+@triton.jit
+def write_down(record_ptr, active_ptr, B, sample, tick, verdict):
+    """The verdict of `judge_sample` into the record, and one more in `active[tick]` if the sample goes on."""
+    status, residual, finite, improved, limit, steps = verdict
     tl.store(record_ptr + STATUS * B + sample, status)
-    tl.store(record_ptr + STEPS * B + sample, tl.load(record_ptr + STEPS * B + sample) + 1)
+    tl.store(record_ptr + STEPS * B + sample, steps)
     tl.store(record_ptr + LIMIT * B + sample, limit)
     if finite:
         tl.store(record_ptr + RESIDUAL * B + sample, residual)
@@ -265,7 +286,7 @@ def pivoted_step(matrix, rhs, order, lanes, k, SIZE: tl.constexpr):
     lane = tl.min(tl.where(size == tl.max(size, axis=0), lanes, SIZE), axis=0)
     order = tl.where(lanes == lane, k, order)
     pivot_row = tl.sum(tl.where(lanes[:, None] == lane, matrix, 0), axis=0)
-    factor = tl.where(lanes == lane, 0, column / pick(pivot_row, lanes, k))
+    factor = tl.where(lanes == lane, 0, column * (1 / pick(pivot_row, lanes, k)))
     matrix -= factor[:, None] * pivot_row[None, :]
     rhs -= factor * pick(rhs, lanes, lane)
     return matrix, rhs, order
@@ -289,55 +310,6 @@ def solve_pivoted(matrix, rhs, lanes, SIZE: tl.constexpr):
     diagonal = tl.sum(tl.where(found, matrix, 0), axis=1)
     solution = rhs / tl.where(order < 0, 1.0, diagonal)
     return tl.sum(tl.where(found, solution[:, None], 0), axis=0)
-
-
-@triton.jit
-def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
-    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[..., P, P]` by Gauss-Jordan elimination.
-
-    A positive definite matrix needs no pivoting. Returns the solution `[..., P]`, in which entries beyond
-    SIZE are rhs / diagonal, and the least pivot `[...]`: not above 0, the matrix was not positive definite.
-    """
-    least = tl.sum(rhs, axis=-1) * 0 + float("inf")
-    for k in tl.static_range(SIZE):
-        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=-2)
-        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=-1)
-        pivot = pick(pivot_row, lanes, k)
-        least = tl.minimum(least, pivot)
-        factor = tl.where(lanes == k, 0, column * beside(1 / pivot))
-        matrix -= tl.expand_dims(factor, -1) * tl.expand_dims(pivot_row, -2)
-        rhs -= factor * beside(pick(rhs, lanes, k))
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=-1)
-    return rhs / diagonal, least
-
-
-@triton.jit
-def mixing_weights(
-    gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
-):
-    """Anderson's α in float64 from a Gram matrix, and whether the solve was of use; of one sample or of many.
-
-    gram: [..., LANES, LANES]    count: [...], how many of the newest slots may take part
-    """
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=-1)
-    age = (slot - lanes + HISTORY) % HISTORY
-    valid = (lanes < HISTORY) & (age < beside(count))
-    scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
-
-    both = tl.expand_dims(valid, -1) & tl.expand_dims(valid, -2)
-    matrix = tl.where(both, gram, 0) * tl.expand_dims(scale, -1) * tl.expand_dims(scale, -2)
-    if RELATIVE_RIDGE:
-        damping = tl.where(valid, RIDGE, 1.0)
-    else:
-        damping = tl.where(valid, RIDGE * scale * scale, 1.0)
-    matrix += tl.where(lanes[:, None] == lanes[None, :], tl.expand_dims(damping, -1), 0.0)
-
-    solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
-    weights = scale * solution
-    weights = weights / beside(tl.sum(weights, axis=-1))
-    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=-1) <= WEIGHT_LIMIT)  # false for NaN too
-    plain = tl.where(lanes == slot, 1.0, 0.0).to(tl.float64)
-    return tl.where(beside(mixed), weights, plain), mixed
 
 
 @triton.jit

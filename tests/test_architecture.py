@@ -62,6 +62,7 @@ THIRD_PARTY = {
 HELPERS = {
     "__init__",
     "buffers",
+    "mixing",
     "primitives",
     "products",
     "activations",

@@ -717,13 +717,15 @@ def test_contiguous_accesses_are_known_by_their_lines():
 def test_lines_of_a_pointer_handed_to_a_device_function():
     """As `triton.jit` leaves it: an object that holds the Python function."""
     from triton_deq.kernels.anderson import anderson_step_kernel, take_in
+    from triton_deq.kernels.mixing import load_slots
 
-    step, called = anderson_step_kernel.fn, take_in.fn
-    first = inspect.getsourcelines(called)[1]
-    lines = lines_of(step, ("residuals_ptr",))
-    assert {file for _, file, _ in lines} == {"anderson.py"}
-    assert {kind for kind, _, _ in lines} == {"load", "store"}
-    assert all(line > first for _, _, line in lines)
+    lines = lines_of(anderson_step_kernel.fn, ("residuals_ptr",))
+    assert {(kind, file) for kind, file, _ in lines} == {("load", "mixing.py"), ("store", "anderson.py")}
+    for kind, called in (("load", load_slots.fn), ("store", take_in.fn)):
+        source, first = inspect.getsourcelines(called)
+        at = [line for found, _, line in lines if found == kind]
+        assert at
+        assert all(first < line < first + len(source) for line in at)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_deq.ops.launch import MAX_BLOCK
+from triton_deq.ops.anderson import anderson_fits
 from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Variant, ours
@@ -94,7 +94,8 @@ def cases(setting: Setting) -> Iterator[Case]:
                 ("probe", f"[{name},gaussian]", _probe, {"torch": _probe_torch}),
                 ("squared_norm", f"[{name}]", _squared_norm, {"torch": _squared_norm_torch}),
             ):
-                if op == "anderson_step" and shape[1] > MAX_BLOCK:
+                state = torch.empty(shape, dtype=dtype, device="meta")
+                if op == "anderson_step" and not anderson_fits(state, HISTORY):
                     continue  # two launches, which have their own rows
                 on_cpu = _steps_on_cpu(dtype) if op.startswith(("anderson", "broyden")) else "reference"
                 variants = _variants(setting, shape, dtype, call, peers, on_cpu=on_cpu)

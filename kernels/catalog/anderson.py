@@ -17,15 +17,33 @@ from .entry import (
     budget_of,
     lanes_of,
     name_of,
+    of_few,
     sizes_of,
     ticks_of,
-    traded,
     unit_of,
 )
 
 
+def _cut(rows: Rows, dtype: str, history: int) -> Rows:
+    """In blocks that four warps hold, as the ops cut them."""
+    block = min(rows.block, 4 * _held_by_a_warp(dtype, history))
+    parts = min(rows.parts * rows.block // block, 256)
+    return replace(rows, block=block, parts=parts, chunk=-(-rows.entries // (parts * block)) * block)
+
+
+def _options(block: int, dtype: str, history: int) -> dict[str, int | bool]:
+    warps = max(1, min(8, block // _held_by_a_warp(dtype, history)))
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def _held_by_a_warp(dtype: str, history: int) -> int:
+    """Entries of a sample with all slots of a ring: 8192 bytes, as the ops have it."""
+    return min(256, 8192 // (lanes_of(history) * max(BYTES[dtype], 4)))
+
+
 def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "", *, landed: bool = False) -> Entry:
     """landed: f has left its value in the ring."""
+    rows = _cut(rows, dtype, history)
     wide = "fp64" if dtype == "fp64" else "fp32"
     return Entry(
         op="anderson",
@@ -49,6 +67,7 @@ def _residual(dtype: str, history: int, rows: Rows = MANY, note: str = "", *, la
         contiguous=("fx_ptr", "x_ptr", "residuals_ptr", "iterates_ptr"),
         traffic=_residual_traffic,
         work=_residual_work,
+        options=_options(rows.block, dtype, history),
         budget=budget_of(dtype, rows),
     )
 
@@ -63,6 +82,7 @@ def _advance(
     over_batch: bool = False,
     relative_ridge: bool = True,
 ) -> Entry:
+    rows = _cut(rows, dtype, history)
     wide = "fp64" if dtype == "fp64" else "fp32"
     return Entry(
         op="anderson",
@@ -91,6 +111,7 @@ def _advance(
         contiguous=("x_ptr", "best_ptr", "iterates_ptr"),
         traffic=_advance_traffic,
         work=_advance_work,
+        options=_options(rows.block, dtype, history),
         budget=budget_of(dtype, rows),
     )
 
@@ -98,6 +119,7 @@ def _advance(
 def _step(dtype: str, history: int, rows: Rows, note: str = "") -> Entry:
     """Both in one launch; rows that fit one block."""
     arguments = {**_advance(dtype, history, rows).arguments, **_residual(dtype, history, rows).arguments}
+    arguments["BLOCK"] = rows.block
     of_two_launches = ("dots_ptr", "before_ptr", "parts", "chunk", "PARTS", "OVER_BATCH")
     return Entry(
         op="anderson",
@@ -108,6 +130,7 @@ def _step(dtype: str, history: int, rows: Rows, note: str = "") -> Entry:
         contiguous=("fx_ptr", "x_ptr", "best_ptr", "residuals_ptr", "iterates_ptr"),
         traffic=_step_traffic,
         work=lambda *of: _residual_work(*of) | _advance_work(*of) | {unit_of(of[0]): _step_work(*of)},
+        options=_options(rows.block, dtype, history),
         budget=budget_of(dtype, rows),
     )
 
@@ -159,23 +182,23 @@ def _advance_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
 
 ENTRIES = (
     _residual("fp32", 6),
-    _residual("bf16", 6),
-    traded(_residual("fp16", 5)),
+    of_few(_residual("bf16", 6)),
+    of_few(_residual("fp16", 5)),
     _residual("fp64", 6),
     _residual("fp32", 6, note="landed", landed=True),
     _residual("fp32", 1),
-    _residual("fp32", 10, ONE_LARGE, "one sample"),
+    of_few(_residual("fp32", 10, ONE_LARGE, "one sample")),
     _residual("bf16", 6, ODD, "odd N"),
     _advance("fp32", 6),
-    _advance("bf16", 6),
-    _advance("fp16", 5, relative=False, note="absolute"),
+    of_few(_advance("bf16", 6)),
+    of_few(_advance("fp16", 5, relative=False, note="absolute")),
     _advance("fp64", 6),
     _advance("fp32", 1),
     _advance("fp32", 6, over_batch=True, note="over batch"),
-    _advance("fp32", 10, ONE_LARGE, "one sample"),
-    traded(_advance("bf16", 6, ODD, "odd N,absolute ridge", relative_ridge=False)),
+    of_few(_advance("fp32", 10, ONE_LARGE, "one sample")),
+    _advance("bf16", 6, ODD, "odd N,absolute ridge", relative_ridge=False),
     _step("fp32", 6, SMALL),
-    _step("bf16", 6, replace(SMALL, entries=2048, chunk=2048, block=2048)),
+    of_few(_step("bf16", 6, replace(SMALL, entries=2048, chunk=2048, block=2048))),
     _step("fp64", 5, SMALL),
-    traded(_step("bf16", 6, ODD, "odd N")),
+    _step("bf16", 6, ODD, "odd N"),
 )

@@ -16,6 +16,7 @@ from .entry import (
     budget_of,
     lanes_of,
     name_of,
+    of_few,
     sizes_of,
     ticks_of,
     traded,
@@ -24,7 +25,7 @@ from .entry import (
 
 
 def _in_blocks_of(block: int, parts: int, rows: Rows) -> Rows:
-    """These rows cut as the Broyden ops do it, which take 4096 bytes of a state at a time."""
+    """These rows cut as the Broyden ops do it: 4096 bytes of a state at a time, at least 4 of each entry."""
     return replace(rows, parts=parts, chunk=rows.entries // parts, block=block)
 
 
@@ -63,11 +64,6 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
     )
 
 
-def _narrow(entry: Entry) -> Entry:
-    """Loads of 8 bytes will do: 8 warps of an AMD GPU are 512 lanes, and a block has 1024 entries."""
-    return replace(entry, budget=replace(entry.budget, load=8, store=8))
-
-
 def _broyden_residual_traffic(entry: Entry, batch: int, entries: int) -> int:
     """Read f(x), x, the open slot's two and m − 1 older pairs; write the newest pair and the open slot."""
     slots, lanes = entry.arguments["SLOTS"], entry.arguments["LANES"]
@@ -98,15 +94,17 @@ def _broyden_advance_work(entry: Entry, batch: int, entries: int) -> dict[str, i
     return work
 
 
+_IN_BLOCKS = _in_blocks_of(1024, 16, MANY)
+
 ENTRIES = (
-    _broyden("residual", "fp32", 10, _in_blocks_of(1024, 16, MANY)),
-    _broyden("residual", "bf16", 10, MANY),
+    _broyden("residual", "fp32", 10, _IN_BLOCKS),
+    of_few(_broyden("residual", "bf16", 10, _IN_BLOCKS)),
     traded(_broyden("residual", "fp64", 5, _in_blocks_of(512, 32, MANY)), 24),
     _broyden("residual", "bf16", 10, ODD, "odd N"),
-    traded(_broyden("advance", "fp32", 10, _in_blocks_of(1024, 16, MANY))),
-    _broyden("advance", "bf16", 10, MANY),
-    traded(_broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY))),
-    _broyden("advance", "bf16", 10, ODD, "odd N"),
+    _broyden("advance", "fp32", 10, _IN_BLOCKS),
+    of_few(_broyden("advance", "bf16", 10, _IN_BLOCKS)),
+    _broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY)),
+    traded(_broyden("advance", "bf16", 10, ODD, "odd N")),
     _broyden("advance", "fp32", 10, _in_blocks_of(1024, 256, ONE_LARGE), "one sample"),
-    _narrow(_broyden("advance", "fp32", 50, _in_blocks_of(1024, 16, MANY), "every pair")),
+    of_few(_broyden("advance", "fp32", 50, _IN_BLOCKS, "every pair")),
 )

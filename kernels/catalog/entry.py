@@ -21,6 +21,7 @@ class Budget:
     spilled: most bytes a thread may spill.
     load, store: least bytes that each load and each store of a contiguous argument must move; 16 is the
         widest that every target has. Where rows start anywhere, or a thread has fewer entries, it is less.
+    few: whether a block has so few entries that the 64 lanes of an AMD GPU's warps move half as much each.
     tensor_cores: whether there must be matrix instructions; for kernels with a `tl.dot`.
 
     Shared memory may always take all that the target lets a program have.
@@ -29,6 +30,7 @@ class Budget:
     spilled: int = 0
     load: int = 16
     store: int = 16
+    few: bool = False
     tensor_cores: bool = False
 
 
@@ -108,6 +110,11 @@ def budget_of(dtype: str, rows: Rows) -> Budget:
     """Rows of N entries are 16-byte aligned if N is a multiple of 16: that is what Triton asks."""
     width = 16 if rows.entries % 16 == 0 else BYTES[dtype]
     return Budget(load=width, store=width)
+
+
+def of_few(entry: Entry) -> Entry:
+    """Its blocks have so few entries that more lanes to share them load less each."""
+    return replace(entry, budget=replace(entry.budget, few=True))
 
 
 def unit_of(entry: Entry) -> str:

@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton_deq.kernels.mixing import load_gram, weights_of
 
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
@@ -41,7 +44,7 @@ def test_any_strides(layout, device):
 
 
 @kernels
-@pytest.mark.parametrize("history", [1, 2, 7, 8])
+@pytest.mark.parametrize("history", [1, 2, 7, 8, 9])
 def test_any_history(history, device):
     assert_within_bounds(
         check_anderson(
@@ -194,6 +197,77 @@ def test_the_hosts_weights_are_those_of_the_operators(bad):
     assert useful.tolist() == [True, bad == "nothing", True]
     assert useful.tolist() == ([True] * 3 if mixed is None else mixed.tolist())
     np.testing.assert_allclose(weights, expected.numpy(), rtol=1e-6, atol=1e-9)
+
+
+@triton.jit
+def weights_kernel(
+    gram_ptr,
+    sums_ptr,
+    weights_ptr,
+    mixed_ptr,
+    slot,
+    count,
+    HISTORY: tl.constexpr,
+    LANES: tl.constexpr,
+    RIDGE: tl.constexpr,
+    RELATIVE_RIDGE: tl.constexpr,
+):
+    lanes = tl.arange(0, LANES)
+    gram = load_gram(gram_ptr, slot, count, lanes, HISTORY)
+    sums = tl.load(sums_ptr + lanes, mask=lanes < HISTORY, other=0)
+    weights, mixed = weights_of(gram, sums, slot, count, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
+    for j in tl.static_range(HISTORY):
+        tl.store(weights_ptr + j, weights[j])
+    tl.store(mixed_ptr, mixed)
+
+
+@kernels
+@pytest.mark.parametrize("ridge", [(1e-3, True), (1e-3, False), (0.0, True)], ids=str)
+@pytest.mark.parametrize(
+    ("bad", "useful"),
+    [
+        ("nothing", True),
+        ("zero", True),
+        ("huge weights", False),
+        ("not a Gram matrix", False),
+        ("NaN", False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("history", "count", "slot"), [(4, 4, 1), (4, 3, 1), (4, 1, 3), (9, 9, 4), (9, 5, 0)]
+)
+def test_the_kernels_weights_in_scalars_and_in_matrices(history, count, slot, bad, useful, ridge, device):
+    """What slots hold that take no part counts for nothing, NaN or not, nor what the newest row was before."""
+    if bad == "zero" and not ridge[0]:
+        useful = False  # singular without a ridge
+    valid = torch.tensor([(slot - j) % history < count for j in range(history)])
+    others = [j for j in range(history) if valid[j] and j != slot]
+    residuals = torch.randn(history, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if bad == "zero":
+        residuals[slot] = 0
+    elif bad == "huge weights" and others:
+        residuals[slot] = residuals[others[0]] + 1e-6 * residuals[slot]
+        ridge = 0.0, True
+    gram = residuals @ residuals.mT
+    if bad == "not a Gram matrix":
+        gram[slot, slot] = -1.0
+    elif bad == "NaN":
+        gram[slot, slot] = math.nan
+    if bad == "huge weights" and not others:
+        useful = True  # one slot's weight is 1
+    expected, _ = anderson_weights(gram[None], valid[None], slot, *ridge)
+
+    stored = torch.where(valid[:, None] & valid[None, :], gram, math.nan)
+    stored[slot] = stored[:, slot] = 5.0
+    sums = torch.where(valid, gram[slot], math.nan)
+    weights = torch.empty(history, dtype=torch.float64, device=device)
+    mixed = torch.empty((), dtype=torch.int32, device=device)
+    lanes = 1 << history.bit_length()
+    weights_kernel[(1,)](
+        stored.to(device), sums.to(device), weights, mixed, slot, count, history, lanes, *ridge
+    )
+    assert bool(mixed) == useful
+    torch.testing.assert_close(weights.cpu(), expected[0], rtol=1e-8, atol=1e-12)
 
 
 def test_a_history_that_began_anew_is_not_taken_for_a_whole_one():

@@ -211,9 +211,10 @@ def broken_budgets(budget: Any, row: Row, target: Target) -> Iterator[str]:
     """One sentence for each budget that the row does not keep."""
     if row.spilled > budget.spilled:
         yield f"spills {row.spilled} bytes a thread (budget {budget.spilled})"
+    share = 2 if budget.few and target.warp_size == 64 else 1
     for kind, widths, least in (
-        ("load", row.contiguous_loads, budget.load),
-        ("store", row.contiguous_stores, budget.store),
+        ("load", row.contiguous_loads, budget.load // share),
+        ("store", row.contiguous_stores, budget.store // share),
     ):
         if widths and min(widths) < least:
             yield f"{widths[min(widths)]} contiguous {kind}s of {min(widths)} bytes (budget {least})"

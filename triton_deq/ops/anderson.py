@@ -17,7 +17,6 @@ from ..reference import anderson as reference
 from ..reference.anderson import AndersonState
 from ..reference.record import Record
 from .launch import (
-    MAX_BLOCK,
     Again,
     Partition,
     cycle_length,
@@ -31,6 +30,7 @@ from .launch import (
 __all__ = [
     "AndersonState",
     "anderson_advance",
+    "anderson_fits",
     "anderson_landing",
     "anderson_residual",
     "anderson_restart",
@@ -39,6 +39,16 @@ __all__ = [
     "anderson_start",
     "anderson_step",
 ]
+
+
+WARPS, STEP_WARPS = 4, 8
+"""Of a program at most: one that takes half a step of a part of a sample, one that takes a whole step of all.
+
+Whatever is loaded is loaded before the first sum, so that memory is waited for once; and each part's program
+solves for the weights anew, while sums of more warps take longer.
+"""
+WARP_ENTRIES, WARP_BYTES = 256, 8192
+"""Of a sample at most, and of all slots of a ring: 64 registers a thread; a whole step takes two rings."""
 
 
 def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend: str) -> AndersonState:
@@ -52,14 +62,14 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend:
     batch, entries = x.shape
     history = min(history, max_steps)
     record = Record(batch, tol, x.device)
-    parts = partition(batch, entries).parts
+    parts = _cut(x, history).parts
     return AndersonState(
         x=x,
         best=x.clone(),
         residuals=x.new_empty((history, batch, entries)),
         iterates=x.new_empty((history, batch, entries)),
         gram=x.new_zeros((batch, history, history), dtype=torch.float64),
-        dots=x.new_empty((batch, parts, next_power_of_2(history + 1)), dtype=torch.float64),
+        dots=x.new_empty((batch, parts, _lanes(history)), dtype=torch.float64),
         record=record,
         before=torch.empty_like(record.data),
         active=torch.zeros(cycle_length(history), dtype=torch.int32, device=x.device),
@@ -93,7 +103,7 @@ def anderson_step(
     }
     if backend == "numba":
         return _compiled().anderson_step(state, fx, step, mixing=mixing, **rule)
-    if backend == "reference" or over_batch or state.x.shape[1] > MAX_BLOCK:
+    if backend == "reference" or over_batch or not anderson_fits(state.x, state.history):
         anderson_residual(state, fx, step, mixing, backend)
         return anderson_advance(state, step, **rule, backend=backend)
     fx = fx.contiguous()
@@ -101,8 +111,7 @@ def anderson_step(
 
     def make() -> Again:
         batch, entries = state.x.shape
-        _, _, constants = _geometry(state)
-        constants["BLOCK"] = next_power_of_2(entries)
+        constants = _constants(state, next_power_of_2(entries))
         return launch(
             _kernels().anderson_step_kernel,
             (batch,),
@@ -134,6 +143,11 @@ def anderson_step(
     return state.active[tick]
 
 
+def anderson_fits(x: Tensor, history: int) -> bool:
+    """Whether a sample of the state x `[B, N]` fits one program of the kernel that takes a whole step."""
+    return x.shape[1] <= _most(x, history, STEP_WARPS)
+
+
 def anderson_landing(state: AndersonState, step: int) -> Tensor | None:
     """Where f may leave its value in this step, `[B, N]`; None where the ring has another dtype."""
     return state.landings[step % state.history] if state.iterates.dtype == state.x.dtype else None
@@ -157,7 +171,7 @@ def anderson_restart(state: AndersonState, x: Tensor, tol: float) -> None:
 def anderson_select(state: AndersonState, samples: Tensor, backend: str) -> AndersonState:
     """The state of these samples alone; samples: int64, on the state's device."""
     x = state.x[samples]
-    parts = 1 if backend != "triton" else partition(len(samples), state.x.shape[1]).parts
+    parts = 1 if backend != "triton" else _cut(x, state.history).parts
     return replace(
         state,
         x=x,
@@ -185,10 +199,10 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     slot, filled = step % state.history, min(step + 1, state.history)
 
     def make() -> Again:
-        grid, cut, constants = _geometry(state)
+        cut = _cut(state.x, state.history)
         return launch(
             _kernels().anderson_residual_kernel,
-            grid,
+            (len(state.x), cut.parts),
             fx,
             state.x,
             state.residuals,
@@ -203,7 +217,7 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
             filled,
             MIXING=mixing,
             LANDED=_landed(state, fx, step),
-            **constants,
+            **_constants(state, cut.block),
         )
 
     launch_at(("residual", slot), (fx.data_ptr(), filled, mixing), state.launched, make)
@@ -250,10 +264,10 @@ def anderson_advance(
     tick = step % len(state.active)
 
     def make() -> Again:
-        grid, cut, constants = _geometry(state)
+        cut = _cut(state.x, state.history)
         return launch(
             _kernels().anderson_advance_kernel,
-            grid,
+            (len(state.x), cut.parts),
             state.x,
             state.best,
             state.iterates,
@@ -274,7 +288,7 @@ def anderson_advance(
             OVER_BATCH=over_batch,
             RIDGE=ridge,
             RELATIVE_RIDGE=relative_ridge,
-            **constants,
+            **_constants(state, cut.block),
         )
 
     alike = last, relative, over_batch, ridge, relative_ridge
@@ -282,17 +296,31 @@ def anderson_advance(
     return state.active[tick]
 
 
-def _geometry(state: AndersonState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:
-    """The grid, the cut of a sample, and the compile-time constants that both kernels share."""
-    batch, entries = state.x.shape
-    cut = partition(batch, entries)
-    constants = {
-        "HISTORY": state.residuals.shape[0],
-        "LANES": state.dots.shape[-1],
-        "BLOCK": cut.block,
+def _cut(x: Tensor, history: int) -> Partition:
+    batch, entries = x.shape
+    return partition(batch, entries, most=_most(x, history, WARPS))
+
+
+def _constants(state: AndersonState, block: int) -> dict[str, Any]:
+    """The compile-time constants that all kernels share, and how many warps a block takes."""
+    history = state.history
+    return {
+        "HISTORY": history,
+        "LANES": _lanes(history),
+        "BLOCK": block,
         "WIDE": wide_dtype(state.x.dtype),
+        "num_warps": max(1, min(STEP_WARPS, block // _most(state.x, history, 1))),
     }
-    return (batch, cut.parts), cut, constants
+
+
+def _most(x: Tensor, history: int, warps: int) -> int:
+    """How many entries of a sample so many warps hold at most, with all slots of a ring in registers."""
+    return warps * max(1, min(WARP_ENTRIES, WARP_BYTES // (_lanes(history) * max(x.element_size(), 4))))
+
+
+def _lanes(history: int) -> int:
+    """A power of 2 with room for the dot products and ‖f‖²."""
+    return next_power_of_2(history + 1)
 
 
 @cache

@@ -28,7 +28,7 @@ from .launch import (
 )
 
 BLOCK_BYTES = 4096
-"""Of one state at a time: the products with a pair hold three of them in float64 registers."""
+"""Of one state at a time, 16-bit ones as if of 32: products with a pair hold three of them in float64."""
 
 __all__ = [
     "BroydenState",
@@ -214,7 +214,7 @@ def _geometry(state: BroydenState) -> tuple[tuple[int, int], Partition, dict[str
 
 def _cut(x: Tensor) -> Partition:
     batch, entries = x.shape
-    return partition(batch, entries, most=BLOCK_BYTES // x.element_size())
+    return partition(batch, entries, most=BLOCK_BYTES // max(x.element_size(), 4))
 
 
 @cache

@@ -24,7 +24,6 @@ def check_anderson(
     sample converges on the way and one meets a NaN.
     """
     from ..ops import anderson as op
-    from ..ops.launch import MAX_BLOCK
 
     batch, entries = case.shape
     rule: dict[str, Any] = {
@@ -64,7 +63,7 @@ def check_anderson(
             held.add("anderson_advance", quantity, relative_error(out, wanted))
         held.add_record("anderson_advance", state.record, expected.record)
 
-        if case.shape[1] <= MAX_BLOCK and not rule["over_batch"]:  # else it is the two kernels again
+        if op.anderson_fits(fused.x, history) and not rule["over_batch"]:  # else it is the two kernels again
             op.anderson_step(fused, fx, step, mixing=mixing, **rule, last=False, backend="triton")
             for quantity, out, wanted in (
                 ("residual", fused.residuals[slot], state.residuals[slot]),

@@ -1,0 +1,219 @@
+"""Anderson's mixing weights from a Gram matrix: a sample's in scalars, or one's or many's in small matrices.
+
+The formula stands in triton_deq/reference/anderson.py. A sample's few weights are what everything else in a
+step waits for, so a short history's are worked out by every thread for itself: matrices are spread over the
+threads of a program, and each turn of an elimination would carry them through shared memory and barriers.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import LEAST_SQUARE, WEIGHT_LIMIT, pick
+
+IN_SCALARS = tl.constexpr(8)
+"""Up to how many slots a system is solved in scalars, whose number grows with the square of theirs."""
+
+
+@triton.jit
+def is_among(j, slot, count, HISTORY: tl.constexpr):
+    """Whether ring slot j is among the `count` newest, `slot` being the newest."""
+    return (slot - j + HISTORY) % HISTORY < count
+
+
+@triton.jit
+def load_slots(ring_ptr, stride, inside, slot, count, HISTORY: tl.constexpr, OLDER: tl.constexpr):
+    """The `count` newest slots of a ring at some entries, a tuple; zeros for all others, which are not read.
+
+    ring_ptr: of slot 0, at those entries    stride: from slot to slot    OLDER: without the newest, `slot`.
+    """
+    slots = ()
+    for j in tl.static_range(HISTORY):
+        read = is_among(j, slot, count, HISTORY)
+        if OLDER:
+            read = read & (slot != j)
+        slots += (tl.load(ring_ptr + j * stride, mask=tl.where(read, inside, False), other=0),)
+    return slots
+
+
+@triton.jit
+def mix(slots, weights, HISTORY: tl.constexpr, WIDE: tl.constexpr):
+    """`Σ w_j s_j` of tuples of slots and weights, where what has no weight counts for nothing, NaN or not."""
+    total = tl.zeros(slots[0].shape, dtype=WIDE)
+    for j in tl.static_range(HISTORY):
+        total += tl.where(weights[j] != 0, weights[j].to(WIDE) * slots[j].to(WIDE), 0)
+    return total
+
+
+@triton.jit
+def scalars(vector, lanes, COUNT: tl.constexpr):
+    """The first entries of a small vector, a tuple."""
+    entries = ()
+    for i in tl.static_range(COUNT):
+        entries += (pick(vector, lanes, i),)
+    return entries
+
+
+@triton.jit
+def load_gram(gram_ptr, slot, count, lanes, HISTORY: tl.constexpr):
+    """A sample's Gram matrix `[HISTORY, HISTORY]`, for `weights_of`.
+
+    A short one is a tuple of scalars: its lower triangle, row after row, with zeros in rows and columns of
+    all but the `count` newest slots.
+    """
+    if HISTORY <= IN_SCALARS:
+        gram = ()
+        for i in tl.static_range(HISTORY):
+            for j in tl.static_range(i + 1):
+                valid = is_among(i, slot, count, HISTORY) & is_among(j, slot, count, HISTORY)
+                gram += (tl.load(gram_ptr + i * HISTORY + j, mask=valid, other=0),)
+        return gram
+    else:
+        within = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
+        return tl.load(gram_ptr + lanes[:, None] * HISTORY + lanes[None, :], mask=within, other=0)
+
+
+@triton.jit
+def weights_of(
+    gram, sums, slot, count, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
+):
+    """Anderson's α, a tuple of float64 scalars, and whether the solve was of use.
+
+    gram: of `load_gram`. Its row and column `slot` may already hold this step's sums or not: those in `sums`
+    `[LANES]` count.
+    """
+    weights = ()
+    if HISTORY <= IN_SCALARS:
+        matrix = ()
+        right = ()
+        for i in tl.static_range(HISTORY):
+            valid = is_among(i, slot, count, HISTORY)
+            for j in tl.static_range(i):
+                entry = tl.where(slot == j, tl.where(valid, pick(sums, lanes, i), 0), entry_of(gram, i, j))
+                fresh = tl.where(is_among(j, slot, count, HISTORY), pick(sums, lanes, j), 0)
+                matrix += (tl.where(slot == i, fresh, entry),)
+            square = tl.where(slot == i, pick(sums, lanes, i), entry_of(gram, i, i))
+            if RELATIVE_RIDGE:
+                square += RIDGE * tl.maximum(square, LEAST_SQUARE)
+            else:
+                square += RIDGE
+            matrix += (tl.where(valid, square, 1.0),)
+            right += (tl.where(valid, 1.0, 0.0).to(tl.float64),)
+        solution, least_pivot = solve_spd_scalars(matrix, right, HISTORY)
+        total = solution[0]
+        size = tl.abs(solution[0])
+        for i in tl.static_range(1, HISTORY):
+            total += solution[i]
+            size += tl.abs(solution[i])
+        inverse = 1 / total
+        mixed = (least_pivot > 0) & (size * tl.abs(inverse) <= WEIGHT_LIMIT)  # false for NaN too
+        for i in tl.static_range(HISTORY):
+            plain = tl.where(slot == i, 1.0, 0.0)
+            weights += (tl.where(mixed, solution[i] * inverse, plain),)
+    else:
+        gram = tl.where(lanes[:, None] == slot, sums[None, :], gram)
+        gram = tl.where(lanes[None, :] == slot, sums[:, None], gram)
+        vector, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
+        weights = scalars(vector, lanes, HISTORY)
+    return weights, mixed
+
+
+@triton.jit
+def entry_of(triangle, i: tl.constexpr, j: tl.constexpr):
+    """Entry (i, j), j at most i, of a lower triangle in a tuple."""
+    return triangle[i * (i + 1) // 2 + j]
+
+
+@triton.jit
+def solve_spd_scalars(matrix, right, SIZE: tl.constexpr):
+    """Solve `L D Lᵀ x = right` for the lower triangle `matrix` of an SPD matrix: tuples of scalars.
+
+    Returns x and the least entry of D: not above 0, the matrix was not positive definite.
+    """
+    lower = ()  # L, whose diagonal of ones is never read
+    scaled = ()  # L D
+    inverses = ()  # D⁻¹
+    forward = ()  # L⁻¹ right
+    least = matrix[0]
+    for i in tl.static_range(SIZE):
+        value = right[i]
+        pivot = entry_of(matrix, i, i)
+        for j in tl.static_range(i):
+            entry = entry_of(matrix, i, j)
+            for k in tl.static_range(j):
+                entry -= entry_of(scaled, i, k) * entry_of(lower, j, k)
+            factor = entry * inverses[j]
+            value -= factor * forward[j]
+            pivot -= factor * entry
+            scaled += (entry,)
+            lower += (factor,)
+        least = tl.minimum(least, pivot)
+        scaled += (pivot,)
+        lower += (pivot,)
+        inverses += (1 / pivot,)
+        forward += (value,)
+
+    backward = ()  # x, from its last entry to its first
+    for n in tl.static_range(SIZE):
+        value = forward[SIZE - 1 - n] * inverses[SIZE - 1 - n]
+        for m in tl.static_range(n):
+            value -= entry_of(lower, SIZE - 1 - m, SIZE - 1 - n) * backward[m]
+        backward += (value,)
+    return backward[::-1], least
+
+
+@triton.jit
+def beside(values):
+    """`[...] -> [..., 1]`, so that one value goes with each vector of many; a scalar stays one."""
+    if len(values.shape) > 0:
+        return tl.expand_dims(values, -1)
+    else:
+        return values
+
+
+@triton.jit
+def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
+    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[..., P, P]` by Gauss-Jordan elimination.
+
+    A positive definite matrix needs no pivoting. Returns the solution `[..., P]`, in which entries beyond
+    SIZE are rhs / diagonal, and the least pivot `[...]`: not above 0, the matrix was not positive definite.
+    """
+    least = tl.sum(rhs, axis=-1) * 0 + float("inf")
+    for k in tl.static_range(SIZE):
+        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=-2)
+        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=-1)
+        pivot = pick(pivot_row, lanes, k)
+        least = tl.minimum(least, pivot)
+        factor = tl.where(lanes == k, 0, column * beside(1 / pivot))
+        matrix -= tl.expand_dims(factor, -1) * tl.expand_dims(pivot_row, -2)
+        rhs -= factor * beside(pick(rhs, lanes, k))
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=-1)
+    return rhs / diagonal, least
+
+
+@triton.jit
+def mixing_weights(
+    gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
+):
+    """Anderson's α in float64 from a Gram matrix, and whether the solve was of use; of one sample or of many.
+
+    gram: [..., LANES, LANES]    count: [...], how many of the newest slots may take part
+    """
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=-1)
+    age = (slot - lanes + HISTORY) % HISTORY
+    valid = (lanes < HISTORY) & (age < beside(count))
+    scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
+
+    both = tl.expand_dims(valid, -1) & tl.expand_dims(valid, -2)
+    matrix = tl.where(both, gram, 0) * tl.expand_dims(scale, -1) * tl.expand_dims(scale, -2)
+    if RELATIVE_RIDGE:
+        damping = tl.where(valid, RIDGE, 1.0)
+    else:
+        damping = tl.where(valid, RIDGE * scale * scale, 1.0)
+    matrix += tl.where(lanes[:, None] == lanes[None, :], tl.expand_dims(damping, -1), 0.0)
+
+    solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
+    weights = scale * solution
+    weights = weights / beside(tl.sum(weights, axis=-1))
+    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=-1) <= WEIGHT_LIMIT)  # false for NaN too
+    plain = tl.where(lanes == slot, 1.0, 0.0).to(tl.float64)
+    return tl.where(beside(mixed), weights, plain), mixed

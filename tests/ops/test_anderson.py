@@ -237,7 +237,7 @@ def weights_kernel(
     ("history", "count", "slot"), [(4, 4, 1), (4, 3, 1), (4, 1, 3), (9, 9, 4), (9, 5, 0)]
 )
 def test_the_kernels_weights_in_scalars_and_in_matrices(history, count, slot, bad, useful, ridge, device):
-    """What slots hold that take no part counts for nothing, NaN or not, nor what the newest row was before."""
+    """What slots hold that take no part counts for nothing, NaN or not, nor does what the newest row was."""
     if bad == "zero" and not ridge[0]:
         useful = False  # singular without a ridge
     valid = torch.tensor([(slot - j) % history < count for j in range(history)])

@@ -31,24 +31,57 @@ def of_channels(ptr, group, CG: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.cons
 
 
 @triton.jit
-def summed(
+def load_if(GIVEN: tl.constexpr, ptr, offsets, inside):
+    """What is given, 0 outside; 0 everywhere if it is not."""
+    if GIVEN:
+        return tl.load(ptr + offsets, mask=inside, other=0)
+    else:
+        return tl.zeros(offsets.shape, dtype=ptr.dtype.element_ty)
+
+
+@triton.jit
+def load_tile(
     x_ptr,
     shift_ptr,
-    scale,
-    x_offsets,
-    offsets,
-    inside,
-    MASK: tl.constexpr,
+    start,
+    group,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    CG: tl.constexpr,
     SHIFT: tl.constexpr,
-    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    APART: tl.constexpr,
 ):
+    """The tiles of x and of the shift u, as they are stored."""
+    offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+    pixels = start + tl.arange(0, ROWS)
+    x = tl.load(x_ptr + offsets + pixels[:, None] * APART, mask=inside, other=0)
+    return x, load_if(SHIFT, shift_ptr, offsets, inside)
+
+
+@triton.jit
+def summed(x, scale, shift, MASK: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr):
     """`m ⊙ x + u`, 0 outside."""
-    total = tl.load(x_ptr + x_offsets, mask=inside, other=0).to(WIDE)
+    total = x.to(WIDE)
     if MASK:
         total *= scale[None, :]
     if SHIFT:
-        total += tl.load(shift_ptr + offsets, mask=inside, other=0).to(WIDE)
+        total += shift.to(WIDE)
     return total
+
+
+@triton.jit
+def finished(normal, gain, offset, residual, GAIN: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+    """`relu(γ ⊙ n + β + r)`"""
+    value = normal
+    if GAIN:
+        value = value * gain[None, :] + offset[None, :]
+    if RESIDUAL:
+        value += residual.to(value.dtype)
+    if RELU:
+        value = tl.where(value < 0, 0, value)  # NaN stays
+    return value
 
 
 @triton.jit
@@ -59,6 +92,34 @@ def passed(vector_ptr, value_ptr, offsets, inside, RELU: tl.constexpr, WIDE: tl.
         value = tl.load(value_ptr + offsets, mask=inside, other=0).to(WIDE)
         vector = tl.where(value <= 0, 0, vector)
     return vector
+
+
+@triton.jit
+def pulled(
+    vector_ptr,
+    value_ptr,
+    x_ptr,
+    shift_ptr,
+    scale,
+    mean,
+    inverse,
+    start,
+    group,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    CG: tl.constexpr,
+    MASK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile of v, which is the vector where the relu let the value through and 0 outside, and one of n."""
+    offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+    x, shift = load_tile(x_ptr, shift_ptr, start, group, P, C, CG, SHIFT, ROWS, BLOCK, 0)
+    v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
+    return v, (summed(x, scale, shift, MASK, SHIFT, WIDE) - mean) * inverse
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -74,6 +135,13 @@ def groupnorm_kernel(maps, samples, PROGRAMS: tl.constexpr, CONSTANTS: tl.conste
         if program >= 0 and program < samples * PROGRAMS[k]:
             normalise(program, *maps[k], *CONSTANTS[k])
         first += samples * PROGRAMS[k]
+
+
+@triton.jit
+def entries_of_places(P: tl.constexpr, CG: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of a group's entries each place of a tile meets on the way through P rows, `[ROWS, BLOCK]`."""
+    rows = (P - tl.arange(0, ROWS) + ROWS - 1) // ROWS
+    return tl.where((tl.arange(0, BLOCK) < CG)[None, :], rows[:, None], 0)
 
 
 @triton.jit
@@ -121,21 +189,36 @@ def normalise(
     group = program % G
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride
+    residual_ptr += sample * residual_stride
+    out_ptr += sample * out_stride
+    # Before the sums, since no load passes their barriers.
     scale = tl.zeros([BLOCK], dtype=WIDE)
     if MASK:
         scale = of_channels(mask_ptr + sample * C, group, CG, BLOCK, WIDE)
+    gain = tl.zeros([BLOCK], dtype=WIDE)
+    offset = gain
+    if GAIN:
+        gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)
+        offset = of_channels(offset_ptr, group, CG, BLOCK, WIDE)
 
-    count = tl.zeros([ROWS, BLOCK], dtype=WIDE)
     means = tl.zeros([ROWS, BLOCK], dtype=WIDE)
     squares = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    for start in range(0, P, ROWS):
-        offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        x_offsets = offsets + (start + tl.arange(0, ROWS))[:, None] * APART
-        s = summed(x_ptr, shift_ptr, scale, x_offsets, offsets, inside, MASK, SHIFT, WIDE)
-        count += tl.where(inside, 1.0, 0.0).to(WIDE)
-        distance = tl.where(inside, s - means, 0)
-        means += distance / tl.where(count > 0, count, 1)
-        squares += tl.where(inside, distance * (s - means), 0)
+    x, shift = load_tile(x_ptr, shift_ptr, 0, group, P, C, CG, SHIFT, ROWS, BLOCK, APART)
+    if P <= ROWS:
+        offsets, inside = tile_at(0, group, P, C, CG, ROWS, BLOCK)
+        residual = load_if(RESIDUAL, residual_ptr, offsets, inside)
+        means = summed(x, scale, shift, MASK, SHIFT, WIDE)
+    else:
+        for start in range(0, P, ROWS):
+            _, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+            s = summed(x, scale, shift, MASK, SHIFT, WIDE)
+            # The next tile is on its way meanwhile; after the last one there is nothing to read.
+            x, shift = load_tile(x_ptr, shift_ptr, start + ROWS, group, P, C, CG, SHIFT, ROWS, BLOCK, APART)
+            # A place that is inside was so in all tiles before, so as many entries have come to it as tiles.
+            distance = tl.where(inside, s - means, 0)
+            means += distance * (tl.full((), 1, WIDE) / (start // ROWS + 1))
+            squares += distance * (s - means)
+    count = entries_of_places(P, CG, ROWS, BLOCK).to(WIDE)
     mean = tl.sum(count * means) / N
     apart = means - mean
     variance = (tl.sum(squares) + tl.sum(count * apart * apart)) / N
@@ -144,22 +227,15 @@ def normalise(
         tl.store(mean_ptr + sample * G + group, mean)
         tl.store(inverse_ptr + sample * G + group, inverse)
 
-    if GAIN:
-        gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)
-        offset = of_channels(offset_ptr, group, CG, BLOCK, WIDE)
+    normal = apart * inverse
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        x_offsets = offsets + (start + tl.arange(0, ROWS))[:, None] * APART
-        s = summed(x_ptr, shift_ptr, scale, x_offsets, offsets, inside, MASK, SHIFT, WIDE)
-        value = (s - mean) * inverse
-        if GAIN:
-            value = value * gain[None, :] + offset[None, :]
-        if RESIDUAL:
-            from_residual = residual_ptr + sample * residual_stride + offsets
-            value += tl.load(from_residual, mask=inside, other=0).to(WIDE)
-        if RELU:
-            value = tl.where(value < 0, 0, value)  # NaN stays
-        tl.store(out_ptr + sample * out_stride + offsets, value, mask=inside)
+        if P > ROWS:  # a single tile is at hand
+            residual = load_if(RESIDUAL, residual_ptr, offsets, inside)
+            x, shift = load_tile(x_ptr, shift_ptr, start, group, P, C, CG, SHIFT, ROWS, BLOCK, APART)
+            normal = (summed(x, scale, shift, MASK, SHIFT, WIDE) - mean) * inverse
+        value = finished(normal, gain, offset, residual, GAIN, RESIDUAL, RELU)
+        tl.store(out_ptr + offsets, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -220,9 +296,9 @@ def pull(
     sample = (program // G).to(tl.int64)
     group = program % G
     vector_ptr += sample * vector_stride
+    value_ptr += sample * value_stride
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride
-    value_ptr += sample * value_stride
     mean = tl.load(mean_ptr + sample * G + group)
     inverse = tl.load(inverse_ptr + sample * G + group)
     scale = tl.zeros([BLOCK], dtype=WIDE)
@@ -232,14 +308,51 @@ def pull(
     if GAIN:
         gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)
 
-    of_v = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    of_vn = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    for start in range(0, P, ROWS):
-        offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
-        v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
+    v, n = pulled(
+        vector_ptr,
+        value_ptr,
+        x_ptr,
+        shift_ptr,
+        scale,
+        mean,
+        inverse,
+        0,
+        group,
+        P,
+        C,
+        CG,
+        MASK,
+        SHIFT,
+        RELU,
+        WIDE,
+        ROWS,
+        BLOCK,
+    )
+    of_v = v
+    of_vn = v * n
+    for start in range(ROWS, P, ROWS):
+        v, n = pulled(
+            vector_ptr,
+            value_ptr,
+            x_ptr,
+            shift_ptr,
+            scale,
+            mean,
+            inverse,
+            start,
+            group,
+            P,
+            C,
+            CG,
+            MASK,
+            SHIFT,
+            RELU,
+            WIDE,
+            ROWS,
+            BLOCK,
+        )
         of_v += v
-        of_vn += v * ((s - mean) * inverse)
+        of_vn += v * n
     sum_v, sum_vn = tl.sum(of_v, axis=0), tl.sum(of_vn, axis=0)
     if PARAMETERS:
         lanes = tl.arange(0, BLOCK)
@@ -251,9 +364,28 @@ def pull(
 
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
-        v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
-        of_sum = inverse * (gain[None, :] * v - c - (s - mean) * inverse * d)
+        if P > ROWS:  # a single tile is at hand
+            v, n = pulled(
+                vector_ptr,
+                value_ptr,
+                x_ptr,
+                shift_ptr,
+                scale,
+                mean,
+                inverse,
+                start,
+                group,
+                P,
+                C,
+                CG,
+                MASK,
+                SHIFT,
+                RELU,
+                WIDE,
+                ROWS,
+                BLOCK,
+            )
+        of_sum = inverse * (gain[None, :] * v - c - n * d)
         out = sample * (P * C) + offsets
         if OTHER:
             tl.store(v_ptr + out, v, mask=inside)
@@ -316,9 +448,9 @@ def groupnorm_second_kernel(
     along_ptr += sample * along_stride
     beside_ptr += sample * beside_stride
     vector_ptr += sample * vector_stride
+    value_ptr += sample * value_stride
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride
-    value_ptr += sample * value_stride
     mean = tl.load(mean_ptr + sample * G + group)
     inverse = tl.load(inverse_ptr + sample * G + group)
     scale = tl.zeros([BLOCK], dtype=WIDE) + 1
@@ -328,17 +460,52 @@ def groupnorm_second_kernel(
     if GAIN:
         gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)
 
-    of_w = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    of_wn = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    of_v = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    of_vn = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    of_wv = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    for start in range(0, P, ROWS):
+    offsets, inside = tile_at(0, group, P, C, CG, ROWS, BLOCK)
+    w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
+    v, n = pulled(
+        vector_ptr,
+        value_ptr,
+        x_ptr,
+        shift_ptr,
+        scale,
+        mean,
+        inverse,
+        0,
+        group,
+        P,
+        C,
+        CG,
+        MASK,
+        SHIFT,
+        RELU,
+        WIDE,
+        ROWS,
+        BLOCK,
+    )
+    of_w, of_wn, of_v, of_vn, of_wv = w, w * n, v, v * n, w * v
+    for start in range(ROWS, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
-        n = (s - mean) * inverse
-        v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
         w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
+        v, n = pulled(
+            vector_ptr,
+            value_ptr,
+            x_ptr,
+            shift_ptr,
+            scale,
+            mean,
+            inverse,
+            start,
+            group,
+            P,
+            C,
+            CG,
+            MASK,
+            SHIFT,
+            RELU,
+            WIDE,
+            ROWS,
+            BLOCK,
+        )
         of_w += w
         of_wn += w * n
         of_v += v
@@ -356,10 +523,28 @@ def groupnorm_second_kernel(
 
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-        s = summed(x_ptr, shift_ptr, scale, offsets, offsets, inside, MASK, SHIFT, WIDE)
-        n = (s - mean) * inverse
-        v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
-        w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
+        if P > ROWS:  # a single tile is at hand
+            w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
+            v, n = pulled(
+                vector_ptr,
+                value_ptr,
+                x_ptr,
+                shift_ptr,
+                scale,
+                mean,
+                inverse,
+                start,
+                group,
+                P,
+                C,
+                CG,
+                MASK,
+                SHIFT,
+                RELU,
+                WIDE,
+                ROWS,
+                BLOCK,
+            )
         along_w = inverse * (w - a - n * b)
         along_g = inverse * (gain[None, :] * v - c - n * d)
         of_sum = -inverse * (d * along_w + b * along_g + q * n)

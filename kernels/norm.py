@@ -39,10 +39,21 @@ def terms(
 
 
 @triton.jit
+def load_gain(gain_ptr, offset_ptr, columns, D: tl.constexpr, GAIN: tl.constexpr, WIDE: tl.constexpr):
+    """γ and β, 1 and 0 where there are none."""
+    gain = tl.zeros(columns.shape, dtype=WIDE) + 1
+    offset = tl.zeros(columns.shape, dtype=WIDE)
+    if GAIN:
+        gain = tl.load(gain_ptr + columns, mask=columns < D, other=0).to(WIDE)
+        offset = tl.load(offset_ptr + columns, mask=columns < D, other=0).to(WIDE)
+    return gain, offset
+
+
+@triton.jit
 def write_value(
     normal,
-    gain_ptr,
-    offset_ptr,
+    gain,
+    offset,
     value_ptr,
     normal_ptr,
     rows,
@@ -53,13 +64,10 @@ def write_value(
     NORMAL_STRIDE: tl.constexpr,
     GAIN: tl.constexpr,
     NORMAL: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """`γ ⊙ n + β` and n."""
     value = normal
     if GAIN:
-        gain = tl.load(gain_ptr + columns, mask=columns < D, other=0).to(WIDE)
-        offset = tl.load(offset_ptr + columns, mask=columns < D, other=0).to(WIDE)
         value = normal * gain[None, :] + offset[None, :]
     tl.store(value_ptr + rows[:, None] * VALUE_STRIDE + columns[None, :], value, mask=inside)
     if NORMAL:
@@ -120,13 +128,15 @@ def norm_kernel(
             MASK,
             WIDE,
         )
+        # Before the sums, since no load passes their barriers.
+        gain, offset = load_gain(gain_ptr, offset_ptr, columns, D, GAIN, WIDE)
         # The mean is taken from x first, which is nearly exact: x + y would round y as coarsely as a large x.
         mean = tl.sum(x + branch, axis=1) / D
         normal, inverse = standardise_centred((x - mean[:, None]) + branch, inside, D, EPSILON)
         write_value(
             normal,
-            gain_ptr,
-            offset_ptr,
+            gain,
+            offset,
             value_ptr,
             normal_ptr,
             rows,
@@ -137,7 +147,6 @@ def norm_kernel(
             NORMAL_STRIDE,
             GAIN,
             NORMAL,
-            WIDE,
         )
     else:
         total = tl.zeros([ROWS, BLOCK], dtype=WIDE)
@@ -206,10 +215,11 @@ def norm_kernel(
                 WIDE,
             )
             normal = ((x - mean[:, None]) + branch - rest[:, None]) * inverse[:, None]
+            gain, offset = load_gain(gain_ptr, offset_ptr, columns, D, GAIN, WIDE)
             write_value(
                 normal,
-                gain_ptr,
-                offset_ptr,
+                gain,
+                offset,
                 value_ptr,
                 normal_ptr,
                 rows,
@@ -220,7 +230,6 @@ def norm_kernel(
                 NORMAL_STRIDE,
                 GAIN,
                 NORMAL,
-                WIDE,
             )
     if INVERSE:
         tl.store(inverse_ptr + rows, inverse, mask=present)

@@ -143,7 +143,7 @@ ENTRIES = (
     _norm("bf16", 2100, 700, 150),
     _norm("bf16", 4096, 1024, 512),
     _norm("fp32", 4096, 1024, 512, "recorded", recorded=True),
-    traded(_norm("fp16", 33, 1001, 11, "odd D"), 12),
+    traded(_norm("fp16", 33, 1001, 11, "odd D"), 136),
     _norm("fp64", 128, 256, 16),
     _norm("fp32", 64, 16384, 16, "loop", recorded=True),
     _norm_vjp("fp32", 2100, 700, 150),

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from triton_deq.ops.launch import launch, partition, precision, shared
+from triton_deq.ops.launch import launch, precision, shared
 from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Variant, ours
@@ -65,7 +65,7 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
     for shape in ((32, 16384), (32, 1048576)):
         for dtype in (full, half):
             for op in ("anderson_residual", "anderson_advance"):
-                yield op, dtype, shape, _partition_choices()
+                yield op, dtype, shape, _parts_choices()
     for op in ("broyden_residual", "broyden_advance"):
         yield op, full, (32, 16384), _pairs_choices()
     yield "anderson_step", full, (32, 1024), [Choice(f"num_warps={n}", {"num_warps": n}) for n in (1, 2, 8)]
@@ -93,14 +93,21 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
             yield op, dtype, (14, 150), _attention_choices(dtype)
 
 
-def _partition_choices() -> list[Choice]:
+def _parts_choices() -> list[Choice]:
+    cuts = [
+        (1, 8192, 4096),
+        (2, 8192, 4096),
+        (4, 4096, 4096),
+        (8, 8192, 4096),
+        (4, 8192, 2048),
+        (4, 8192, 8192),
+    ]
     return [
         Choice(
-            f"block={most} num_warps={warps}",
-            {"num_warps": warps},
-            {"partition": partial(partition, most=most)},
+            f"warps={warps} bytes={size} programs={programs}",
+            values={"WARPS": warps, "WARP_BYTES": size, "PROGRAMS": programs},
         )
-        for most, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8))
+        for warps, size, programs in cuts
     ]
 
 
@@ -119,8 +126,8 @@ def _tile_choices(sizes: list[tuple[int, int]]) -> list[Choice]:
 
 
 def _attention_choices(dtype: torch.dtype) -> list[Choice]:
-    wide = [(16, 1, 1), (16, 2, 1), (32, 2, 1), (32, 4, 1)]
-    narrow = [(16, 1, 1), (32, 2, 1), (32, 4, 1), (64, 4, 1), (64, 4, 2), (64, 8, 1), (128, 8, 1)]
+    wide = [(16, 1, 1), (16, 1, 2), (16, 2, 1), (32, 2, 1)]
+    narrow = [(16, 1, 2), (32, 2, 1), (32, 2, 2), (32, 2, 3), (32, 4, 2), (64, 4, 2)]
     return [_attention_choice(*each) for each in (narrow if dtype.itemsize == 2 else wide)]
 
 

@@ -150,9 +150,10 @@ def _parts(depth: int) -> tuple[int, int]:
 
 def _tiles(dtype: str, rows: int, second: bool) -> dict[str, int]:
     """As the op cuts a head into programs."""
-    most = 32 if dtype in ("fp16", "bf16") and not second else 16
-    block = max(16, min(most, 1 << (rows - 1).bit_length()))
-    return {"BLOCK": block, "num_warps": 4 if dtype == "fp64" else block // 16, "num_stages": 1}
+    narrow = dtype in ("fp16", "bf16")
+    block = max(16, min(32 if narrow and not second else 16, 1 << (rows - 1).bit_length()))
+    warps = 4 if dtype == "fp64" else block // 16
+    return {"BLOCK": block, "num_warps": warps, "num_stages": 2 if narrow else 1}
 
 
 _SMALL: dict[str, Any] = {"batch": 2, "queries": 20, "memory": 17, "depth": 16}
@@ -163,22 +164,22 @@ _FIRST = {"SECOND": False}
 _SECOND = {"SECOND": True}
 
 ENTRIES = (
-    _entry("attention", "bf16", spilled=256),
+    _entry("attention", "bf16"),
     _entry("attention", "fp32", spilled=408),
-    _entry("attention", "bf16", "dropout", spilled=336, dropout=0.1),
-    _entry("attention", "fp16", "odd d", spilled=152, **_ODD),
+    _entry("attention", "bf16", "dropout", dropout=0.1),
+    _entry("attention", "fp16", "odd d", spilled=64, **_ODD),
     _entry("attention", "fp64", "small", **_SMALL),
-    _entry("attention_query_vjp", "bf16", spilled=216, constants=_PLAIN),
+    _entry("attention_query_vjp", "bf16", constants=_PLAIN),
     _entry("attention_query_vjp", "fp32", spilled=1200, constants=_PLAIN),
-    _entry("attention_query_vjp", "bf16", "second", spilled=528, constants=_BIASES | _SECOND),
+    _entry("attention_query_vjp", "bf16", "second", spilled=160, constants=_BIASES | _SECOND),
     _entry("attention_query_vjp", "fp32", "second", spilled=8264, constants=_BIASES | _SECOND),
     _entry("attention_query_vjp", "fp64", "small", constants=_BIASES, **_SMALL),
-    _entry("attention_key_vjp", "bf16", spilled=1040, constants=_FIRST),
+    _entry("attention_key_vjp", "bf16", spilled=612, constants=_FIRST),
     _entry("attention_key_vjp", "fp32", spilled=1904, constants=_FIRST),
-    _entry("attention_key_vjp", "fp16", "odd d", spilled=728, constants=_FIRST, **_ODD),
-    _entry("attention_key_vjp", "bf16", "second", spilled=664, constants=_SECOND),
-    _entry("attention_position_vjp", "bf16", spilled=1888, constants={"parts": 14} | _FIRST),
+    _entry("attention_key_vjp", "fp16", "odd d", spilled=320, constants=_FIRST, **_ODD),
+    _entry("attention_key_vjp", "bf16", "second", spilled=496, constants=_SECOND),
+    _entry("attention_position_vjp", "bf16", spilled=604, constants={"parts": 14} | _FIRST),
     _entry("attention_position_vjp", "fp32", spilled=2324, constants={"parts": 10} | _FIRST),
-    _entry("attention_jvp", "bf16", spilled=152),
+    _entry("attention_jvp", "bf16"),
     _entry("attention_jvp", "fp64", "small", **_SMALL),
 )

@@ -101,10 +101,10 @@ ENTRIES = (
     of_few(_broyden("residual", "bf16", 10, _IN_BLOCKS)),
     traded(_broyden("residual", "fp64", 5, _in_blocks_of(512, 32, MANY)), 24),
     _broyden("residual", "bf16", 10, ODD, "odd N"),
-    _broyden("advance", "fp32", 10, _IN_BLOCKS),
+    traded(_broyden("advance", "fp32", 10, _IN_BLOCKS), 24),
     of_few(_broyden("advance", "bf16", 10, _IN_BLOCKS)),
     _broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY)),
-    traded(_broyden("advance", "bf16", 10, ODD, "odd N")),
+    traded(_broyden("advance", "bf16", 10, ODD, "odd N"), 12),
     _broyden("advance", "fp32", 10, _in_blocks_of(1024, 256, ONE_LARGE), "one sample"),
     of_few(_broyden("advance", "fp32", 50, _IN_BLOCKS, "every pair")),
 )

@@ -47,6 +47,8 @@ WARPS, STEP_WARPS = 4, 8
 Whatever is loaded is loaded before the first sum, so that memory is waited for once; and each part's program
 solves for the weights anew, while sums of more warps take longer.
 """
+PROGRAMS = 4096
+"""Of a launch, about: several times what a large GPU holds at once, so that few wait for the last of them."""
 WARP_ENTRIES, WARP_BYTES = 256, 8192
 """Of a sample at most, and of all slots of a ring: 64 registers a thread; a whole step takes two rings."""
 
@@ -298,7 +300,7 @@ def anderson_advance(
 
 def _cut(x: Tensor, history: int) -> Partition:
     batch, entries = x.shape
-    return partition(batch, entries, most=_most(x, history, WARPS))
+    return partition(batch, entries, _most(x, history, WARPS), PROGRAMS)
 
 
 def _constants(state: AndersonState, block: int) -> dict[str, Any]:

@@ -355,10 +355,13 @@ def _tiles(dtype: torch.dtype, rows: int, second: bool = False) -> dict[str, int
     blocks would spill more: in float32 each operand of a product is held as two. And blocks of 64 rows in 4
     warps would be multiplied by Hopper's wgmma, whose descriptors ptxas 12.8 gets wrong here: of a kernel
     with these parts of a head it lost half of one, and launches faulted (see `inspection.unset_registers`).
+    In 16 bits the next block's rows are copied to shared memory meanwhile, which takes registers off the
+    kernels as well; operands that are held as two have to come through registers.
     """
-    most = 32 if dtype in (torch.float16, torch.bfloat16) and not second else 16
-    block = max(16, min(most, next_power_of_2(rows)))
-    return {"BLOCK": block, "num_warps": 4 if dtype == torch.float64 else block // 16, "num_stages": 1}
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    block = max(16, min(32 if narrow and not second else 16, next_power_of_2(rows)))
+    warps = 4 if dtype == torch.float64 else block // 16
+    return {"BLOCK": block, "num_warps": warps, "num_stages": 2 if narrow else 1}
 
 
 def query_gradient(

@@ -213,11 +213,11 @@ class Partition:
 
 
 @lru_cache(maxsize=1024)
-def partition(batch: int, entries: int, most: int = MAX_BLOCK) -> Partition:
-    """Cut rows `[batch, entries]` into blocks of at most `most`, about PROGRAMS programs sharing the work."""
+def partition(batch: int, entries: int, most: int = MAX_BLOCK, programs: int = PROGRAMS) -> Partition:
+    """Cut rows `[batch, entries]` into blocks of at most `most`, about so many programs sharing the work."""
     block = min(next_power_of_2(entries), most)
     blocks = -(-entries // block)
-    wanted = min(max(PROGRAMS // max(batch, 1), 1), MAX_PARTS, blocks)
+    wanted = min(max(programs // max(batch, 1), 1), MAX_PARTS, blocks)
     chunk = -(-blocks // wanted) * block
     return Partition(parts=-(-entries // chunk), chunk=chunk, block=block)
 

@@ -248,13 +248,15 @@ def broyden_advance_kernel(
 
         # The open slot holds f(x), so with a weight of one there the sum is the next iterate.
         weights = tl.where(lanes == slot, 1.0, coefficients)
+        if SLOTS <= UNROLLED:
+            factors = scalars(weights, lanes, SLOTS)
         for start in range(begin, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             place = row + columns
             goes_on = tl.where(moving, columns < end, False)
             tl.store(best_ptr + place, x, mask=tl.where(improved, columns < end, False))
             if SLOTS <= UNROLLED:
-                total = mix(changes, scalars(weights, lanes, SLOTS), SLOTS, WIDE)
+                total = mix(changes, factors, SLOTS, WIDE)
                 needed = tl.where(moving, columns + BLOCK < end, False)
                 changes = load_slots(changes_ptr + place + BLOCK, ring, needed, slot, pairs + 1, SLOTS, False)
             else:

@@ -62,10 +62,11 @@ def load_gram(gram_ptr, slot, count, lanes, HISTORY: tl.constexpr):
     """
     if HISTORY <= IN_SCALARS:
         gram = ()
+        valid = ()
         for i in tl.static_range(HISTORY):
+            valid += (is_among(i, slot, count, HISTORY),)
             for j in tl.static_range(i + 1):
-                valid = is_among(i, slot, count, HISTORY) & is_among(j, slot, count, HISTORY)
-                gram += (tl.load(gram_ptr + i * HISTORY + j, mask=valid, other=0),)
+                gram += (tl.load(gram_ptr + i * HISTORY + j, mask=valid[i] & valid[j], other=0),)
         return gram
     else:
         within = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
@@ -83,19 +84,21 @@ def weights_of(
     """
     weights = ()
     if HISTORY <= IN_SCALARS:
+        fresh = scalars(tl.where(is_among(lanes, slot, count, HISTORY), sums, 0), lanes, HISTORY)
         matrix = ()
         right = ()
+        newest = ()
         for i in tl.static_range(HISTORY):
-            valid = is_among(i, slot, count, HISTORY)
+            newest += (slot == i,)
             for j in tl.static_range(i):
-                entry = tl.where(slot == j, tl.where(valid, pick(sums, lanes, i), 0), entry_of(gram, i, j))
-                fresh = tl.where(is_among(j, slot, count, HISTORY), pick(sums, lanes, j), 0)
-                matrix += (tl.where(slot == i, fresh, entry),)
-            square = tl.where(slot == i, pick(sums, lanes, i), entry_of(gram, i, i))
+                entry = tl.where(newest[j], fresh[i], entry_of(gram, i, j))
+                matrix += (tl.where(newest[i], fresh[j], entry),)
+            square = tl.where(newest[i], fresh[i], entry_of(gram, i, i))
             if RELATIVE_RIDGE:
                 square += RIDGE * tl.maximum(square, LEAST_SQUARE)
             else:
                 square += RIDGE
+            valid = is_among(i, slot, count, HISTORY)
             matrix += (tl.where(valid, square, 1.0),)
             right += (tl.where(valid, 1.0, 0.0).to(tl.float64),)
         solution, least_pivot = solve_spd_scalars(matrix, right, HISTORY)
@@ -107,7 +110,7 @@ def weights_of(
         inverse = 1 / total
         mixed = (least_pivot > 0) & (size * tl.abs(inverse) <= WEIGHT_LIMIT)  # false for NaN too
         for i in tl.static_range(HISTORY):
-            plain = tl.where(slot == i, 1.0, 0.0)
+            plain = tl.where(newest[i], 1.0, 0.0)
             weights += (tl.where(mixed, solution[i] * inverse, plain),)
     else:
         gram = tl.where(lanes[:, None] == slot, sums[None, :], gram)

@@ -1,4 +1,4 @@
-"""Anderson's mixing weights from a Gram matrix: a sample's in scalars, or one's or many's in small matrices.
+"""Anderson's mixing weights from a Gram matrix, and the slots of a ring that they mix.
 
 The formula stands in triton_deq/reference/anderson.py. A sample's few weights are what everything else in a
 step waits for, so a short history's are worked out by every thread for itself: matrices are spread over the
@@ -54,20 +54,66 @@ def scalars(vector, lanes, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_gram(gram_ptr, slot, count, lanes, HISTORY: tl.constexpr):
-    """A sample's Gram matrix `[HISTORY, HISTORY]`, for `weights_of`.
+def load_triangle(gram_ptr, slot, count, HISTORY: tl.constexpr):
+    """The lower triangle of a Gram matrix `[HISTORY, HISTORY]`, row after row, a tuple, for `weights_of_few`.
 
-    A short one is a tuple of scalars: its lower triangle, row after row, with zeros in rows and columns of
-    all but the `count` newest slots.
+    Zeros in rows and columns of all but the `count` newest slots. gram_ptr and count may be of many samples.
     """
+    triangle = ()
+    valid = ()
+    for i in tl.static_range(HISTORY):
+        valid += (is_among(i, slot, count, HISTORY),)
+        for j in tl.static_range(i + 1):
+            triangle += (tl.load(gram_ptr + i * HISTORY + j, mask=valid[i] & valid[j], other=0),)
+    return triangle
+
+
+@triton.jit
+def weights_of_few(
+    triangle, sums, slot, count, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
+):
+    """Anderson's α, a tuple in float64, and whether the solve was of use; of one sample or of many.
+
+    triangle: of `load_triangle`. Row and column `slot` may already hold this step's sums or not: those in
+    `sums`, a tuple with one for each slot, count.
+    """
+    matrix = ()
+    right = ()
+    fresh = ()
+    newest = ()
+    for i in tl.static_range(HISTORY):
+        valid = is_among(i, slot, count, HISTORY)
+        fresh += (tl.where(valid, sums[i], 0),)
+        newest += (slot == i,)
+        for j in tl.static_range(i):
+            entry = tl.where(newest[j], fresh[i], entry_of(triangle, i, j))
+            matrix += (tl.where(newest[i], fresh[j], entry),)
+        square = tl.where(newest[i], fresh[i], entry_of(triangle, i, i))
+        if RELATIVE_RIDGE:
+            square += RIDGE * tl.maximum(square, LEAST_SQUARE)
+        else:
+            square += RIDGE
+        matrix += (tl.where(valid, square, 1.0),)
+        right += (tl.where(valid, 1.0, 0.0).to(tl.float64),)
+    solution, least_pivot = solve_spd_scalars(matrix, right, HISTORY)
+    total = solution[0]
+    size = tl.abs(solution[0])
+    for i in tl.static_range(1, HISTORY):
+        total += solution[i]
+        size += tl.abs(solution[i])
+    inverse = 1 / total
+    mixed = (least_pivot > 0) & (size * tl.abs(inverse) <= WEIGHT_LIMIT)  # false for NaN too
+    weights = ()
+    for i in tl.static_range(HISTORY):
+        weights += (tl.where(mixed, solution[i] * inverse, tl.where(newest[i], 1.0, 0.0)),)
+    return weights, mixed
+
+
+@triton.jit
+def load_gram(gram_ptr, slot, count, lanes, HISTORY: tl.constexpr):
+    """A sample's Gram matrix `[HISTORY, HISTORY]`, for `weights_of`."""
     if HISTORY <= IN_SCALARS:
-        gram = ()
-        valid = ()
-        for i in tl.static_range(HISTORY):
-            valid += (is_among(i, slot, count, HISTORY),)
-            for j in tl.static_range(i + 1):
-                gram += (tl.load(gram_ptr + i * HISTORY + j, mask=valid[i] & valid[j], other=0),)
-        return gram
+        return load_triangle(gram_ptr, slot, count, HISTORY)
     else:
         within = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
         return tl.load(gram_ptr + lanes[:, None] * HISTORY + lanes[None, :], mask=within, other=0)
@@ -77,41 +123,13 @@ def load_gram(gram_ptr, slot, count, lanes, HISTORY: tl.constexpr):
 def weights_of(
     gram, sums, slot, count, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
 ):
-    """Anderson's α, a tuple of float64 scalars, and whether the solve was of use.
+    """A sample's α, a tuple of float64 scalars, and whether the solve was of use.
 
-    gram: of `load_gram`. Its row and column `slot` may already hold this step's sums or not: those in `sums`
-    `[LANES]` count.
+    gram: of `load_gram`    sums: [LANES], this step's row of it
     """
-    weights = ()
     if HISTORY <= IN_SCALARS:
-        fresh = scalars(tl.where(is_among(lanes, slot, count, HISTORY), sums, 0), lanes, HISTORY)
-        matrix = ()
-        right = ()
-        newest = ()
-        for i in tl.static_range(HISTORY):
-            newest += (slot == i,)
-            for j in tl.static_range(i):
-                entry = tl.where(newest[j], fresh[i], entry_of(gram, i, j))
-                matrix += (tl.where(newest[i], fresh[j], entry),)
-            square = tl.where(newest[i], fresh[i], entry_of(gram, i, i))
-            if RELATIVE_RIDGE:
-                square += RIDGE * tl.maximum(square, LEAST_SQUARE)
-            else:
-                square += RIDGE
-            valid = is_among(i, slot, count, HISTORY)
-            matrix += (tl.where(valid, square, 1.0),)
-            right += (tl.where(valid, 1.0, 0.0).to(tl.float64),)
-        solution, least_pivot = solve_spd_scalars(matrix, right, HISTORY)
-        total = solution[0]
-        size = tl.abs(solution[0])
-        for i in tl.static_range(1, HISTORY):
-            total += solution[i]
-            size += tl.abs(solution[i])
-        inverse = 1 / total
-        mixed = (least_pivot > 0) & (size * tl.abs(inverse) <= WEIGHT_LIMIT)  # false for NaN too
-        for i in tl.static_range(HISTORY):
-            plain = tl.where(newest[i], 1.0, 0.0)
-            weights += (tl.where(mixed, solution[i] * inverse, plain),)
+        row = scalars(sums, lanes, HISTORY)
+        weights, mixed = weights_of_few(gram, row, slot, count, HISTORY, RIDGE, RELATIVE_RIDGE)
     else:
         gram = tl.where(lanes[:, None] == slot, sums[None, :], gram)
         gram = tl.where(lanes[None, :] == slot, sums[:, None], gram)
@@ -128,7 +146,7 @@ def entry_of(triangle, i: tl.constexpr, j: tl.constexpr):
 
 @triton.jit
 def solve_spd_scalars(matrix, right, SIZE: tl.constexpr):
-    """Solve `L D Lᵀ x = right` for the lower triangle `matrix` of an SPD matrix: tuples of scalars.
+    """Solve `L D Lᵀ x = right` for the lower triangle `matrix` of an SPD matrix, tuples of its entries.
 
     Returns x and the least entry of D: not above 0, the matrix was not positive definite.
     """
@@ -165,31 +183,22 @@ def solve_spd_scalars(matrix, right, SIZE: tl.constexpr):
 
 
 @triton.jit
-def beside(values):
-    """`[...] -> [..., 1]`, so that one value goes with each vector of many; a scalar stays one."""
-    if len(values.shape) > 0:
-        return tl.expand_dims(values, -1)
-    else:
-        return values
-
-
-@triton.jit
 def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
-    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[..., P, P]` by Gauss-Jordan elimination.
+    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[P, P]` by Gauss-Jordan elimination.
 
-    A positive definite matrix needs no pivoting. Returns the solution `[..., P]`, in which entries beyond
-    SIZE are rhs / diagonal, and the least pivot `[...]`: not above 0, the matrix was not positive definite.
+    A positive definite matrix needs no pivoting. Returns the solution `[P]`, in which entries beyond SIZE
+    are rhs / diagonal, and the least pivot: not above 0, the matrix was not positive definite.
     """
-    least = tl.sum(rhs, axis=-1) * 0 + float("inf")
+    least = tl.full((), float("inf"), tl.float64)
     for k in tl.static_range(SIZE):
-        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=-2)
-        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=-1)
+        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=0)
+        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
         pivot = pick(pivot_row, lanes, k)
         least = tl.minimum(least, pivot)
-        factor = tl.where(lanes == k, 0, column * beside(1 / pivot))
-        matrix -= tl.expand_dims(factor, -1) * tl.expand_dims(pivot_row, -2)
-        rhs -= factor * beside(pick(rhs, lanes, k))
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=-1)
+        factor = tl.where(lanes == k, 0, column * (1 / pivot))
+        matrix -= factor[:, None] * pivot_row[None, :]
+        rhs -= factor * pick(rhs, lanes, k)
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=1)
     return rhs / diagonal, least
 
 
@@ -197,26 +206,24 @@ def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
 def mixing_weights(
     gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
 ):
-    """Anderson's α in float64 from a Gram matrix, and whether the solve was of use; of one sample or of many.
+    """Anderson's α `[LANES]` in float64 from a Gram matrix `[LANES, LANES]`, and whether that was of use.
 
-    gram: [..., LANES, LANES]    count: [...], how many of the newest slots may take part
+    count: how many of the newest slots may take part
     """
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=-1)
-    age = (slot - lanes + HISTORY) % HISTORY
-    valid = (lanes < HISTORY) & (age < beside(count))
+    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=1)
+    valid = (lanes < HISTORY) & is_among(lanes, slot, count, HISTORY)
     scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
 
-    both = tl.expand_dims(valid, -1) & tl.expand_dims(valid, -2)
-    matrix = tl.where(both, gram, 0) * tl.expand_dims(scale, -1) * tl.expand_dims(scale, -2)
-    if RELATIVE_RIDGE:
-        damping = tl.where(valid, RIDGE, 1.0)
-    else:
-        damping = tl.where(valid, RIDGE * scale * scale, 1.0)
-    matrix += tl.where(lanes[:, None] == lanes[None, :], tl.expand_dims(damping, -1), 0.0)
+    both = valid[:, None] & valid[None, :]
+    matrix = tl.where(both, gram, 0) * scale[:, None] * scale[None, :]
+    damping = scale * 0 + RIDGE
+    if not RELATIVE_RIDGE:
+        damping *= scale * scale
+    matrix += tl.where(lanes[:, None] == lanes[None, :], tl.where(valid, damping, 1.0)[:, None], 0.0)
 
     solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
     weights = scale * solution
-    weights = weights / beside(tl.sum(weights, axis=-1))
-    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=-1) <= WEIGHT_LIMIT)  # false for NaN too
+    weights = weights / tl.sum(weights, axis=0)
+    mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=0) <= WEIGHT_LIMIT)  # false for NaN too
     plain = tl.where(lanes == slot, 1.0, 0.0).to(tl.float64)
-    return tl.where(beside(mixed), weights, plain), mixed
+    return tl.where(mixed, weights, plain), mixed

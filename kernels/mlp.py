@@ -7,7 +7,7 @@ triton_deq/reference/mlp.py.
 import triton
 import triton.language as tl
 
-from .mixing import mixing_weights
+from .mixing import load_triangle, weights_of_few
 from .primitives import (
     BEST,
     CONVERGED,
@@ -519,6 +519,10 @@ def mlp_solve_kernel(
                 BLOCK_H,
             )
             x = tl.load(x_ptr + tile, mask=inside, other=0)
+            # Before the sums, since no load passes their barriers.
+            limit = tl.load(record_ptr + LIMIT * B + rows, mask=present, other=0)
+            best = tl.load(record_ptr + BEST * B + rows, mask=present, other=0)
+            tolerance = tl.load(record_ptr + TOLERANCE * B + rows, mask=present, other=0)
             wide_x = x.to(WIDE)
             fx = tl.where(inside, fx.to(x.dtype).to(WIDE), 0)  # rounded as f's value is outside of here
             difference = (fx - wide_x).to(x.dtype).to(WIDE)
@@ -530,10 +534,7 @@ def mlp_solve_kernel(
             value_sq = tl.sum(fx.to(tl.float64) * fx.to(tl.float64), axis=1)
             residual_sq = tl.sum(exact * exact, axis=1)
             finite = is_finite(residual_sq) & is_finite(value_sq)
-            limit = tl.load(record_ptr + LIMIT * B + rows, mask=present, other=0)
             limit = tl.where(limit > 0, limit, DIVERGENCE * (tl.sqrt(residual_sq) + tl.sqrt(value_sq)))
-            best = tl.load(record_ptr + BEST * B + rows, mask=present, other=0)
-            tolerance = tl.load(record_ptr + TOLERANCE * B + rows, mask=present, other=0)
             fate, residual, improved = judge(residual_sq, value_sq, finite, best, limit, tolerance, RELATIVE)
             improved = running & improved
             status = tl.where(running, fate, status)
@@ -555,25 +556,26 @@ def mlp_solve_kernel(
                 tl.store(gram_ptr + corner + lanes[None, :] * HISTORY + slot, sums, mask=renewed)
             tl.debug_barrier()  # every thread has read x, and what it stored may be read by others
             if HISTORY > 1:
-                square = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
-                entries = local[:, None, None] * HISTORY * HISTORY + (
-                    lanes[:, None] * HISTORY + lanes[None, :]
-                )
-                gram = tl.load(gram_ptr + entries, mask=present[:, None, None] & square[None, :, :], other=0)
                 count = tl.load(record_ptr + COUNT * B + rows, mask=present, other=0).to(tl.int32)
-                count = tl.minimum(count + 1, HISTORY)
-                weights, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
-                tl.store(
-                    weights_ptr + local[:, None] * LANES + lanes[None, :], weights, mask=present[:, None]
-                )
+                count = tl.where(present, tl.minimum(count + 1, HISTORY), 0)
+                grams = gram_ptr + local * HISTORY * HISTORY
+                triangle = load_triangle(grams, slot, count, HISTORY)
+                sums = ()
+                for j in tl.static_range(HISTORY):
+                    sums += (tl.load(grams + slot * HISTORY + j, mask=present, other=0),)
+                weights, mixed = weights_of_few(triangle, sums, slot, count, HISTORY, RIDGE, RELATIVE_RIDGE)
+                for j in tl.static_range(HISTORY):
+                    tl.store(weights_ptr + local * LANES + j, weights[j], mask=present)
                 tl.debug_barrier()  # every thread has read count, too
                 tl.store(record_ptr + COUNT * B + rows, tl.where(mixed, count, 1), mask=present)
+                factors = ()
+                for j in tl.static_range(HISTORY):
+                    factors += (tl.load(weights_ptr + local * LANES + j, mask=moving, other=0).to(WIDE),)
                 following = tl.zeros([SAMPLES, BLOCK], dtype=WIDE)
-                for j in range(HISTORY):
-                    weight = tl.load(weights_ptr + local * LANES + j, mask=moving, other=0).to(WIDE)
-                    used = (weight != 0)[:, None] & inside
+                for j in tl.static_range(HISTORY):
+                    used = (factors[j] != 0)[:, None] & inside
                     other = tl.load(iterates_ptr + j * ring + tile, mask=used, other=0).to(WIDE)
-                    following += weight[:, None] * other
+                    following += factors[j][:, None] * other
             else:
                 following = iterate.to(WIDE)
             tl.store(x_ptr + tile, following, mask=moving[:, None] & inside)

@@ -450,6 +450,28 @@ ENTRIES = (
 '''
 
 
+def test_what_a_step_of_a_solver_reads_is_on_its_way_before_its_first_barrier(tmp_path):
+    """No compiler moves a load above a barrier, so each one behind it would be waited for by itself.
+
+    Behind it stand, at most, the loads of a program's next block.
+    """
+    names = [f"anderson_{part}[fp32,m=6]" for part in ("residual", "advance", "step")]
+    names.append("broyden_advance[fp32,m=10]")
+    chosen = [option for name in names for option in ("--kernel", name)]
+    done = command(*chosen, "--target", "sm_90", "--asm", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    blocks = {"residual": (8, 0), "advance": (7, 7), "step": (14, 0)}  # rows of a block before it, and behind
+    files = sorted(tmp_path.glob("*.ptx"))
+    assert len(files) == len(names)
+    for file in files:
+        solver, part = file.name.split("_")[:2]
+        before, barrier, behind = file.read_text().partition("bar.sync")
+        assert barrier
+        found = tuple(text.count("ld.global.v4.b32") for text in (before, behind))
+        rows = blocks[part] if solver == "anderson" else (12, 12)
+        assert found == tuple(2 * count for count in rows), file.name
+
+
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict[str, dict], Path]:
     folder = tmp_path_factory.mktemp("trial")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_deq.kernels.mixing import load_gram, weights_of
+from triton_deq.kernels.mixing import load_gram, mix, weights_of
 
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
@@ -35,6 +35,15 @@ def assert_within_bounds(rows):
 def test_both_kernels_match_the_reference(dtype, shape, device):
     case = Case(getattr(torch, dtype), shape, torch.device(device), seed=1)
     assert_within_bounds(check_anderson(case))
+
+
+@kernels
+@pytest.mark.parametrize("history", [3, 9])
+def test_programs_of_several_blocks(history, device, monkeypatch):
+    monkeypatch.setattr(op, "PROGRAMS", 1)
+    case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
+    assert op.anderson_start(case.randn(*case.shape), history, 0.0, 20, "triton").dots.shape[1] == 1
+    assert_within_bounds(check_anderson(case, history=history, steps=history + 2))
 
 
 @kernels
@@ -197,6 +206,28 @@ def test_the_hosts_weights_are_those_of_the_operators(bad):
     assert useful.tolist() == [True, bad == "nothing", True]
     assert useful.tolist() == ([True] * 3 if mixed is None else mixed.tolist())
     np.testing.assert_allclose(weights, expected.numpy(), rtol=1e-6, atol=1e-9)
+
+
+@triton.jit
+def mix_kernel(slots_ptr, weights_ptr, out_ptr, COUNT: tl.constexpr, N: tl.constexpr):
+    columns = tl.arange(0, N)
+    slots = ()
+    weights = ()
+    for j in tl.static_range(COUNT):
+        slots += (tl.load(slots_ptr + j * N + columns),)
+        weights += (tl.load(weights_ptr + j),)
+    tl.store(out_ptr + columns, mix(slots, weights, COUNT, tl.float32))
+
+
+@kernels
+def test_a_slot_without_weight_is_not_mixed_whatever_it_holds(device):
+    slots = torch.randn(3, 16, device=device)
+    weights = torch.tensor([0.25, 0.0, 0.75], dtype=torch.float64, device=device)
+    expected = 0.25 * slots[0] + 0.75 * slots[2]
+    slots[1, ::2], slots[1, 1::2] = math.nan, math.inf
+    out = torch.empty(16, device=device)
+    mix_kernel[(1,)](slots, weights, out, 3, 16)
+    torch.testing.assert_close(out, expected)
 
 
 @triton.jit

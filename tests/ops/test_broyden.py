@@ -1,6 +1,7 @@
 """The Broyden kernels against the reference, and the reference against Broyden's own rank-one updates."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from triton_deq.kernels.primitives import solve_pivoted
 import triton_deq as td
 from tests.problems import tanh_map
 from triton_deq.ops import broyden as op
-from triton_deq.ops.launch import launch_anew
+from triton_deq.ops.launch import launch_anew, partition
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_broyden
 
@@ -29,6 +30,15 @@ def assert_within_bounds(rows):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 4100)], ids=str)
 def test_both_kernels_match_the_reference(dtype, shape, device):
     assert_within_bounds(check_broyden(Case(getattr(torch, dtype), shape, torch.device(device), seed=1)))
+
+
+@kernels
+@pytest.mark.parametrize("memory", [3, 17], ids=["mixed at once", "mixed in turns"])
+def test_programs_of_several_blocks(memory, device, monkeypatch):
+    monkeypatch.setattr(op, "partition", partial(partition, programs=1))
+    case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
+    assert op.broyden_start(case.randn(*case.shape), memory, 0.0, 20, "triton").dots.shape[1] == 1
+    assert_within_bounds(check_broyden(case, memory=memory, steps=memory + 2))
 
 
 @kernels

@@ -24,6 +24,7 @@ from .primitives import (
     snapshot,
     write_down,
 )
+from .systems import an_entry_a_thread
 
 
 @triton.jit
@@ -243,7 +244,7 @@ def anderson_advance_kernel(
         needed = tl.where(last == 0, columns < end, False)
         iterates = load_slots(iterates_ptr + row + columns, ring, needed, slot, count, HISTORY, False)
 
-        sums = tl.sum(partial, axis=0)
+        sums = an_entry_a_thread(tl.sum(partial, axis=0), lanes)
         residual_sq = pick(sums, lanes, slot)
         value_sq = pick(sums, lanes, HISTORY)
         finite = is_finite(residual_sq) & is_finite(value_sq)

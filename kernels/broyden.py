@@ -12,7 +12,6 @@ from .primitives import (
     COUNT,
     LEAST_SQUARE,
     RUNNING,
-    UNROLLED,
     WEIGHT_LIMIT,
     batch_sums,
     is_finite,
@@ -23,12 +22,14 @@ from .primitives import (
     pick,
     side_by_side,
     snapshot,
-    solve_pivoted,
     write_down,
 )
+from .systems import an_entry_a_thread, balance, load_matrix, renew, solve
 
+AT_ONCE = tl.constexpr(16)
+"""Up to how many slots of a block are all loaded before its sample's coefficients are known."""
 TOGETHER = tl.constexpr(8)
-"""Of many slots, so many are loaded at once."""
+"""Of more slots, so many are loaded at a time."""
 
 
 @triton.jit
@@ -140,14 +141,15 @@ def broyden_residual_kernel(
 
 @triton.jit
 def broyden_coefficients(matrix, squares, right, pairs, slot, lanes, SLOTS: tl.constexpr):
-    """c in float64 from M `[LANES, LANES]`, and whether the solve was of use; zero if it was not."""
+    """c `[LANES]` in float64 from M, and whether the solve was of use; zero if it was not."""
     age = (slot - lanes + SLOTS) % SLOTS
     used = (lanes < SLOTS) & (age >= 1) & (age <= pairs) & (squares > LEAST_SQUARE)
     scale = tl.where(used, 1 / tl.sqrt(tl.where(used, squares, 1.0)), 0.0)
+    damping = tl.where(used, 0.0, 1.0).to(tl.float64)
 
-    matrix = tl.where(used[:, None] & used[None, :], matrix, 0) * scale[:, None] * scale[None, :]
-    matrix += tl.where((lanes[:, None] == lanes[None, :]) & (scale[:, None] == 0), 1.0, 0.0)
-    coefficients = scale * solve_pivoted(matrix, tl.where(used, right, 0) * scale, lanes, SLOTS)
+    matrix = balance(matrix, used, scale, damping, lanes, SLOTS)
+    solution, _ = solve(matrix, tl.where(used, right, 0) * scale, lanes, SLOTS, True)
+    coefficients = scale * solution
     useful = tl.sum(tl.abs(coefficients), axis=0) <= WEIGHT_LIMIT  # false for NaN too
     return tl.where(useful, coefficients, 0.0), useful
 
@@ -212,9 +214,8 @@ def broyden_advance_kernel(
         parts_of_residual = load_sums(dots_ptr, sample, parts, lanes, 3 * LANES, PARTS)
         parts_of_curvature = load_sums(dots_ptr + LANES, sample, parts, lanes, 3 * LANES, PARTS)
         parts_of_change = load_sums(dots_ptr + 2 * LANES, sample, parts, lanes, 3 * LANES, PARTS)
-        within = (lanes < SLOTS)[:, None] & (lanes < SLOTS)[None, :]
-        offsets = sample * SLOTS * SLOTS + lanes[:, None] * SLOTS + lanes[None, :]
-        matrix = tl.load(matrix_ptr + offsets, mask=within, other=0)
+        matrix_ptr += sample * SLOTS * SLOTS
+        matrix = load_matrix(matrix_ptr, lanes, SLOTS)
         squares = tl.load(squares_ptr + sample * SLOTS + lanes, mask=lanes < SLOTS, other=0)
         row = sample.to(tl.int64) * N
         ring = B.to(tl.int64) * N
@@ -222,13 +223,15 @@ def broyden_advance_kernel(
         end = tl.minimum(begin + chunk, N)
         columns = begin + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row + columns, mask=columns < end, other=0)
-        if SLOTS <= UNROLLED:
+        if SLOTS <= AT_ONCE:
             needed = tl.where(last == 0, columns < end, False)
             changes = load_slots(changes_ptr + row + columns, ring, needed, slot, pairs + 1, SLOTS, False)
 
-        by_residual = tl.sum(parts_of_residual, axis=0)
-        by_curvature = tl.sum(parts_of_curvature, axis=0)
-        by_change = tl.sum(parts_of_change, axis=0)
+        nothing = tl.zeros_like(parts_of_change)
+        sums = sums_of((parts_of_residual, parts_of_curvature, parts_of_change, nothing))
+        by_residual = an_entry_a_thread(sums[0], lanes)
+        by_curvature = an_entry_a_thread(sums[1], lanes)
+        by_change = an_entry_a_thread(sums[2], lanes)
         residual_sq = pick(by_residual, lanes, SLOTS)
         value_sq = pick(by_curvature, lanes, SLOTS)
         finite = is_finite(residual_sq) & is_finite(value_sq)
@@ -240,22 +243,21 @@ def broyden_advance_kernel(
         moving = (judged == RUNNING) & (last == 0)
 
         # The newest pair's may hold this step's sums already or not: the ones in registers count.
-        matrix = tl.where(lanes[:, None] == newest, -by_change[None, :], matrix)
-        matrix = tl.where(lanes[None, :] == newest, by_curvature[:, None], matrix)
+        matrix = renew(matrix, newest, -by_change, by_curvature, lanes, SLOTS)
         square = pick(by_change, lanes, SLOTS)
         squares = tl.where(lanes == newest, square, squares)
         coefficients, useful = broyden_coefficients(matrix, squares, by_residual, pairs, slot, lanes, SLOTS)
 
         # The open slot holds f(x), so with a weight of one there the sum is the next iterate.
-        weights = tl.where(lanes == slot, 1.0, coefficients)
-        if SLOTS <= UNROLLED:
+        weights = tl.where(lanes == slot, 1.0, coefficients).to(WIDE)
+        if SLOTS <= AT_ONCE:
             factors = scalars(weights, lanes, SLOTS)
         for start in range(begin, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             place = row + columns
             goes_on = tl.where(moving, columns < end, False)
             tl.store(best_ptr + place, x, mask=tl.where(improved, columns < end, False))
-            if SLOTS <= UNROLLED:
+            if SLOTS <= AT_ONCE:
                 total = mix(changes, factors, SLOTS, WIDE)
                 needed = tl.where(moving, columns + BLOCK < end, False)
                 changes = load_slots(changes_ptr + place + BLOCK, ring, needed, slot, pairs + 1, SLOTS, False)
@@ -269,7 +271,6 @@ def broyden_advance_kernel(
 
         if part == 0:
             write_down(record_ptr, active_ptr, B, sample, tick, verdict)
-            matrix_ptr += sample * SLOTS * SLOTS
             others = (lanes < SLOTS) & (lanes != newest)
             tl.store(matrix_ptr + newest * SLOTS + lanes, -by_change, mask=others)
             tl.store(matrix_ptr + lanes * SLOTS + newest, by_curvature, mask=lanes < SLOTS)

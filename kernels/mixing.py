@@ -1,14 +1,14 @@
 """Anderson's mixing weights from a Gram matrix, and the slots of a ring that they mix.
 
 The formula stands in triton_deq/reference/anderson.py. A sample's few weights are what everything else in a
-step waits for, so a short history's are worked out by every thread for itself: matrices are spread over the
-threads of a program, and each turn of an elimination would carry them through shared memory and barriers.
+step waits for, so a short history's are worked out by every thread for itself; systems.py has the other ways.
 """
 
 import triton
 import triton.language as tl
 
 from .primitives import LEAST_SQUARE, WEIGHT_LIMIT, pick
+from .systems import balance, diagonal_of, entry_of, load_matrix, renew, solve, solve_spd_scalars
 
 IN_SCALARS = tl.constexpr(8)
 """Up to how many slots a system is solved in scalars, whose number grows with the square of theirs."""
@@ -115,8 +115,7 @@ def load_gram(gram_ptr, slot, count, lanes, HISTORY: tl.constexpr):
     if HISTORY <= IN_SCALARS:
         return load_triangle(gram_ptr, slot, count, HISTORY)
     else:
-        within = (lanes < HISTORY)[:, None] & (lanes < HISTORY)[None, :]
-        return tl.load(gram_ptr + lanes[:, None] * HISTORY + lanes[None, :], mask=within, other=0)
+        return load_matrix(gram_ptr, lanes, HISTORY)
 
 
 @triton.jit
@@ -131,97 +130,30 @@ def weights_of(
         row = scalars(sums, lanes, HISTORY)
         weights, mixed = weights_of_few(gram, row, slot, count, HISTORY, RIDGE, RELATIVE_RIDGE)
     else:
-        gram = tl.where(lanes[:, None] == slot, sums[None, :], gram)
-        gram = tl.where(lanes[None, :] == slot, sums[:, None], gram)
+        gram = renew(gram, slot, sums, sums, lanes, HISTORY)
         vector, mixed = mixing_weights(gram, count, slot, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
         weights = scalars(vector, lanes, HISTORY)
     return weights, mixed
 
 
 @triton.jit
-def entry_of(triangle, i: tl.constexpr, j: tl.constexpr):
-    """Entry (i, j), j at most i, of a lower triangle in a tuple."""
-    return triangle[i * (i + 1) // 2 + j]
-
-
-@triton.jit
-def solve_spd_scalars(matrix, right, SIZE: tl.constexpr):
-    """Solve `L D Lᵀ x = right` for the lower triangle `matrix` of an SPD matrix, tuples of its entries.
-
-    Returns x and the least entry of D: not above 0, the matrix was not positive definite.
-    """
-    lower = ()  # L, whose diagonal of ones is never read
-    scaled = ()  # L D
-    inverses = ()  # D⁻¹
-    forward = ()  # L⁻¹ right
-    least = matrix[0]
-    for i in tl.static_range(SIZE):
-        value = right[i]
-        pivot = entry_of(matrix, i, i)
-        for j in tl.static_range(i):
-            entry = entry_of(matrix, i, j)
-            for k in tl.static_range(j):
-                entry -= entry_of(scaled, i, k) * entry_of(lower, j, k)
-            factor = entry * inverses[j]
-            value -= factor * forward[j]
-            pivot -= factor * entry
-            scaled += (entry,)
-            lower += (factor,)
-        least = tl.minimum(least, pivot)
-        scaled += (pivot,)
-        lower += (pivot,)
-        inverses += (1 / pivot,)
-        forward += (value,)
-
-    backward = ()  # x, from its last entry to its first
-    for n in tl.static_range(SIZE):
-        value = forward[SIZE - 1 - n] * inverses[SIZE - 1 - n]
-        for m in tl.static_range(n):
-            value -= entry_of(lower, SIZE - 1 - m, SIZE - 1 - n) * backward[m]
-        backward += (value,)
-    return backward[::-1], least
-
-
-@triton.jit
-def solve_spd(matrix, rhs, lanes, SIZE: tl.constexpr):
-    """Solve the leading SIZE×SIZE system of a small SPD `matrix` `[P, P]` by Gauss-Jordan elimination.
-
-    A positive definite matrix needs no pivoting. Returns the solution `[P]`, in which entries beyond SIZE
-    are rhs / diagonal, and the least pivot: not above 0, the matrix was not positive definite.
-    """
-    least = tl.full((), float("inf"), tl.float64)
-    for k in range(SIZE):  # written out 50 times, it takes a minute to compile
-        pivot_row = tl.sum(tl.where(lanes[:, None] == k, matrix, 0), axis=0)
-        column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
-        pivot = pick(pivot_row, lanes, k)
-        least = tl.minimum(least, pivot)
-        factor = tl.where(lanes == k, 0, column * (1 / pivot))
-        matrix -= factor[:, None] * pivot_row[None, :]
-        rhs -= factor * pick(rhs, lanes, k)
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], matrix, 0), axis=1)
-    return rhs / diagonal, least
-
-
-@triton.jit
 def mixing_weights(
     gram, count, slot, lanes, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
 ):
-    """Anderson's α `[LANES]` in float64 from a Gram matrix `[LANES, LANES]`, and whether that was of use.
+    """Anderson's α `[LANES]` in float64 from a Gram matrix, and whether that was of use.
 
-    count: how many of the newest slots may take part
+    gram: in one of the forms of systems.py    count: how many of the newest slots may take part
     """
-    diagonal = tl.sum(tl.where(lanes[:, None] == lanes[None, :], gram, 0), axis=1)
+    diagonal = diagonal_of(gram, lanes, HISTORY)
     valid = (lanes < HISTORY) & is_among(lanes, slot, count, HISTORY)
     scale = tl.where(valid, 1 / tl.sqrt(tl.where(diagonal > LEAST_SQUARE, diagonal, LEAST_SQUARE)), 0)
-
-    both = valid[:, None] & valid[None, :]
-    matrix = tl.where(both, gram, 0) * scale[:, None] * scale[None, :]
     damping = scale * 0 + RIDGE
     if not RELATIVE_RIDGE:
         damping *= scale * scale
-    matrix += tl.where(lanes[:, None] == lanes[None, :], tl.where(valid, damping, 1.0)[:, None], 0.0)
+    damping = tl.where(valid, damping, 1.0)
 
-    solution, least_pivot = solve_spd(matrix, scale, lanes, HISTORY)
+    gram = balance(gram, valid, scale, damping, lanes, HISTORY)
+    solution, least_pivot = solve(gram, scale, lanes, HISTORY, False)
     weights = scale * solution
     weights = weights / tl.sum(weights, axis=0)
     mixed = (least_pivot > 0) & (tl.sum(tl.abs(weights), axis=0) <= WEIGHT_LIMIT)  # false for NaN too

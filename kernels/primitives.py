@@ -1,4 +1,4 @@
-"""Device functions that kernels share: activations, norms, stopping, small solves, probes.
+"""Device functions that kernels share: activations, norms, stopping, probes.
 
 The formulas of activations, with their first and second derivatives, stand in
 triton_deq/reference/activations.py.
@@ -15,9 +15,6 @@ BEST = tl.constexpr(3)
 LIMIT = tl.constexpr(4)
 TOLERANCE = tl.constexpr(5)
 STEPS = tl.constexpr(6)
-
-UNROLLED = tl.constexpr(16)
-"""Up to how many turns a loop over the slots of a history is written out."""
 
 CONVERGED = tl.constexpr(0)
 RUNNING = tl.constexpr(1)
@@ -275,41 +272,6 @@ def write_down(record_ptr, active_ptr, B, sample, tick, verdict):
         tl.store(record_ptr + BEST * B + sample, residual)
     if status == RUNNING:
         tl.atomic_add(active_ptr + tick, 1, sem="relaxed")  # of integers: the order does not matter
-
-
-@triton.jit
-def pivoted_step(matrix, rhs, order, lanes, k, SIZE: tl.constexpr):
-    """Eliminate column k with the row of the largest entry among those that were no pivot yet."""
-    column = tl.sum(tl.where(lanes[None, :] == k, matrix, 0), axis=1)
-    size = tl.where((order < 0) & (lanes < SIZE), tl.abs(column), -1.0)
-    # NaN compares as false everywhere: then no lane is chosen, and the division below gives NaN.
-    lane = tl.min(tl.where(size == tl.max(size, axis=0), lanes, SIZE), axis=0)
-    order = tl.where(lanes == lane, k, order)
-    pivot_row = tl.sum(tl.where(lanes[:, None] == lane, matrix, 0), axis=0)
-    factor = tl.where(lanes == lane, 0, column * (1 / pick(pivot_row, lanes, k)))
-    matrix -= factor[:, None] * pivot_row[None, :]
-    rhs -= factor * pick(rhs, lanes, lane)
-    return matrix, rhs, order
-
-
-@triton.jit
-def solve_pivoted(matrix, rhs, lanes, SIZE: tl.constexpr):
-    """Solve the leading SIZE×SIZE system of a small `matrix` `[P, P]` by Gauss-Jordan with row pivoting.
-
-    Rows stay where they are: `order` tells which unknown a row was the pivot of. Entries beyond SIZE are 0.
-    A singular matrix gives entries that are not finite.
-    """
-    order = tl.full(rhs.shape, -1, tl.int32)
-    if SIZE <= UNROLLED:
-        for k in tl.static_range(SIZE):
-            matrix, rhs, order = pivoted_step(matrix, rhs, order, lanes, k, SIZE)
-    else:  # written out 50 times, it takes minutes to compile
-        for k in range(SIZE):
-            matrix, rhs, order = pivoted_step(matrix, rhs, order, lanes, k, SIZE)
-    found = order[:, None] == lanes[None, :]
-    diagonal = tl.sum(tl.where(found, matrix, 0), axis=1)
-    solution = rhs / tl.where(order < 0, 1.0, diagonal)
-    return tl.sum(tl.where(found, solution[:, None], 0), axis=0)
 
 
 @triton.jit

@@ -63,6 +63,7 @@ HELPERS = {
     "__init__",
     "buffers",
     "mixing",
+    "systems",
     "primitives",
     "products",
     "activations",

@@ -64,10 +64,10 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
             yield op, dtype, (1024, 1024), _product_choices(dtype)
     for shape in ((32, 16384), (32, 1048576)):
         for dtype in (full, half):
-            for op in ("anderson_residual", "anderson_advance"):
-                yield op, dtype, shape, _parts_choices()
-    for op in ("broyden_residual", "broyden_advance"):
-        yield op, full, (32, 16384), _pairs_choices()
+            yield "anderson_residual", dtype, shape, _parts_choices()
+            yield "anderson_advance", dtype, shape, _parts_choices() + _wave_choices()
+    yield "broyden_residual", full, (32, 16384), _pairs_choices()
+    yield "broyden_advance", full, (32, 16384), _pairs_choices() + _wave_choices()
     yield "anderson_step", full, (32, 1024), [Choice(f"num_warps={n}", {"num_warps": n}) for n in (1, 2, 8)]
     rows = [(1024, 1), (1024, 2), (1024, 4), (2048, 4), (4096, 4), (4096, 8)]
     for op in ("norm", "norm_vjp"):
@@ -116,6 +116,10 @@ def _pairs_choices() -> list[Choice]:
         Choice(f"bytes={size} num_warps={warps}", {"num_warps": warps}, {"BLOCK_BYTES": size})
         for size, warps in ((2048, 4), (4096, 8), (8192, 4), (8192, 8))
     ]
+
+
+def _wave_choices() -> list[Choice]:
+    return [Choice(f"resident={count}", values={"RESIDENT": count}) for count in (1, 2, 3, 6, 64)]
 
 
 def _tile_choices(sizes: list[tuple[int, int]]) -> list[Choice]:

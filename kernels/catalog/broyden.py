@@ -14,6 +14,7 @@ from .entry import (
     Pointer,
     Rows,
     budget_of,
+    in_few_waves,
     lanes_of,
     name_of,
     of_few,
@@ -47,8 +48,9 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         states = ("x_ptr", "best_ptr", "changes_ptr")
         small = dict.fromkeys(("dots_ptr", "matrix_ptr", "squares_ptr", "record_ptr", "before_ptr"), fp64)
         small["active_ptr"] = Pointer("i32")
-        sizes = {**sizes_of(rows), **ticks_of(slots, slots), "slot": 0, "newest": memory, "last": 0}
-        warps = {"num_warps": 8 if slots > 32 else 4}
+        sizes = {**sizes_of(in_few_waves(rows, resident=2)), **ticks_of(slots, slots)}
+        sizes |= {"slot": 0, "newest": memory, "last": 0}
+        warps = {"num_warps": 8 if slots > 31 else 4}
         constants |= {"PARTS": 1 << (rows.parts - 1).bit_length(), "RELATIVE": True, "OVER_BATCH": False}
     return Entry(
         op="broyden",
@@ -103,8 +105,8 @@ ENTRIES = (
     _broyden("residual", "bf16", 10, ODD, "odd N"),
     traded(_broyden("advance", "fp32", 10, _IN_BLOCKS), 24),
     of_few(_broyden("advance", "bf16", 10, _IN_BLOCKS)),
-    _broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY)),
-    traded(_broyden("advance", "bf16", 10, ODD, "odd N"), 12),
+    traded(_broyden("advance", "fp64", 5, _in_blocks_of(512, 32, MANY))),
+    traded(_broyden("advance", "bf16", 10, ODD, "odd N"), 24),
     _broyden("advance", "fp32", 10, _in_blocks_of(1024, 256, ONE_LARGE), "one sample"),
     of_few(_broyden("advance", "fp32", 50, _IN_BLOCKS, "every pair")),
 )

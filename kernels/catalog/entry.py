@@ -84,6 +84,13 @@ ODD = Rows(32, 1001, parts=1, chunk=1024, block=1024)
 """No row but the first starts at a multiple of 16 bytes."""
 
 
+def in_few_waves(rows: Rows, resident: int) -> Rows:
+    """In chunks for as many programs as 132 multiprocessors hold, or of 16 blocks, as the ops have them."""
+    blocks = -(-rows.entries // rows.block)
+    parts = max(resident * 132, rows.batch * blocks // 16) // rows.batch
+    return replace(rows, chunk=-(-blocks // min(parts, 256, blocks)) * rows.block)
+
+
 def name_of(kernel: str, dtype: str, *notes: object) -> str:
     words = [f"m={note}" if isinstance(note, int) else str(note) for note in notes if note]
     if kernel.startswith(("mlp", "norm")):

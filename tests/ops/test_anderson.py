@@ -38,11 +38,15 @@ def test_both_kernels_match_the_reference(dtype, shape, device):
 
 
 @kernels
-@pytest.mark.parametrize("history", [3, 9])
-def test_programs_of_several_blocks(history, device, monkeypatch):
-    monkeypatch.setattr(op, "PROGRAMS", 1)
+@pytest.mark.parametrize(("history", "programs", "parts"), [(3, 1, 1), (9, 1, 1), (3, 6, 3)])
+def test_programs_of_several_blocks(history, programs, parts, device, monkeypatch):
+    """Of both halves of a step, and of the second alone, whose parts are not those of the first."""
+    monkeypatch.setattr(op, "PROGRAMS", programs)
+    monkeypatch.setattr(op, "processors", lambda device: 0)
     case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
-    assert op.anderson_start(case.randn(*case.shape), history, 0.0, 20, "triton").dots.shape[1] == 1
+    x = case.randn(*case.shape)
+    assert op.anderson_start(x, history, 0.0, 20, "triton").dots.shape[1] == parts
+    assert op._own_cut(x, history).parts == 1
     assert_within_bounds(check_anderson(case, history=history, steps=history + 2))
 
 
@@ -265,9 +269,11 @@ def weights_kernel(
     ],
 )
 @pytest.mark.parametrize(
-    ("history", "count", "slot"), [(4, 4, 1), (4, 3, 1), (4, 1, 3), (9, 9, 4), (9, 5, 0)]
+    ("history", "count", "slot"), [(4, 4, 1), (4, 3, 1), (4, 1, 3), (9, 9, 4), (9, 5, 0), (32, 20, 7)]
 )
-def test_the_kernels_weights_in_scalars_and_in_matrices(history, count, slot, bad, useful, ridge, device):
+def test_the_kernels_weights_in_scalars_and_columns_and_matrices(
+    history, count, slot, bad, useful, ridge, device
+):
     """What slots hold that take no part counts for nothing, NaN or not, nor does what the newest row was."""
     if bad == "zero" and not ridge[0]:
         useful = False  # singular without a ridge

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_deq.kernels.primitives import solve_pivoted
+from triton_deq.kernels.systems import load_matrix, solve
 
 import triton_deq as td
 from tests.problems import tanh_map
@@ -33,11 +33,18 @@ def test_both_kernels_match_the_reference(dtype, shape, device):
 
 
 @kernels
-@pytest.mark.parametrize("memory", [3, 17], ids=["mixed at once", "mixed in turns"])
-def test_programs_of_several_blocks(memory, device, monkeypatch):
-    monkeypatch.setattr(op, "partition", partial(partition, programs=1))
+@pytest.mark.parametrize(("memory", "programs", "parts"), [(3, 1, 1), (17, 1, 1), (3, 6, 3)])
+def test_programs_of_several_blocks(memory, programs, parts, device, monkeypatch):
+    """Of both halves of a step, and of the second alone, whose parts are not those of the first.
+
+    Few changes are mixed at once, many in turns.
+    """
+    monkeypatch.setattr(op, "partition", partial(partition, programs=programs))
+    monkeypatch.setattr(op, "processors", lambda device: 0)
     case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
-    assert op.broyden_start(case.randn(*case.shape), memory, 0.0, 20, "triton").dots.shape[1] == 1
+    x = case.randn(*case.shape)
+    assert op.broyden_start(x, memory, 0.0, 20, "triton").dots.shape[1] == parts
+    assert op._own_cut(x).parts == 1
     assert_within_bounds(check_broyden(case, memory=memory, steps=memory + 2))
 
 
@@ -48,7 +55,7 @@ def test_any_strides(layout, device):
 
 
 @kernels
-@pytest.mark.parametrize("memory", [1, 2, 6, 7, 18])
+@pytest.mark.parametrize("memory", [1, 2, 6, 7, 18, 32])
 def test_any_memory(memory, device):
     case = Case(torch.float32, (3, 19), torch.device(device), 2)
     assert_within_bounds(check_broyden(case, memory=memory, steps=memory + 3))
@@ -112,25 +119,70 @@ def test_only_what_has_not_changed_is_launched_again(change, device, monkeypatch
 
 
 @triton.jit
-def solve_kernel(matrix_ptr, right_ptr, out_ptr, SIZE: tl.constexpr, LANES: tl.constexpr):
+def solve_kernel(
+    matrix_ptr, right_ptr, out_ptr, least_ptr, SIZE: tl.constexpr, LANES: tl.constexpr, PIVOTED: tl.constexpr
+):
     lanes = tl.arange(0, LANES)
-    matrix = tl.load(matrix_ptr + lanes[:, None] * LANES + lanes[None, :])
-    tl.store(out_ptr + lanes, solve_pivoted(matrix, tl.load(right_ptr + lanes), lanes, SIZE))
+    right = tl.load(right_ptr + lanes, mask=lanes < SIZE, other=0)
+    solution, least = solve(load_matrix(matrix_ptr, lanes, SIZE), right, lanes, SIZE, PIVOTED)
+    tl.store(out_ptr + lanes, solution)
+    tl.store(least_ptr, least)
+
+
+def solved(matrix, right, pivoted, device):
+    """What the kernels' elimination gives, and its least pivot."""
+    size = len(right)
+    lanes = triton.next_power_of_2(size + 2)
+    out, least = (
+        torch.empty(lanes, dtype=torch.float64, device=device),
+        torch.empty_like(right[:1], device=device),
+    )
+    solve_kernel[(1,)](matrix.to(device), right.to(device), out, least, size, lanes, pivoted)
+    assert not out[size:].any()
+    return out[:size].cpu(), least.item()
+
+
+SYSTEMS = pytest.mark.parametrize("size", [1, 5, 10, 20, 40])  # of up to 31 as columns, of more as a matrix
 
 
 @kernels
-@pytest.mark.parametrize("size", [1, 5, 10, 20])
+@SYSTEMS
 def test_the_kernels_elimination_pivots(size, device):
-    """Systems that no elimination without row exchanges survives: zeros on the diagonal."""
-    lanes = triton.next_power_of_2(size + 2)
-    matrix, right = torch.eye(lanes, dtype=torch.float64), torch.zeros(lanes, dtype=torch.float64)
-    matrix[:size, :size] = torch.randn(size, size, dtype=torch.float64).roll(1, 0)
+    """Systems that no elimination without row exchanges survives: zeros on the diagonal, and tiny scales."""
+    matrix = torch.randn(size, size, dtype=torch.float64).roll(1, 0)
     if size > 1:
-        matrix[:size, :size].fill_diagonal_(0)
-    right[:size] = torch.randn(size, dtype=torch.float64)
-    out = torch.empty_like(right, device=device)
-    solve_kernel[(1,)](matrix.to(device), right.to(device), out, size, lanes)
-    torch.testing.assert_close(out.cpu(), torch.linalg.solve(matrix, right), rtol=1e-9, atol=1e-12)
+        matrix.fill_diagonal_(0)
+    right = torch.randn(size, dtype=torch.float64)
+    for scale in (1.0, 1e-90, 1e90):
+        found, _ = solved(scale * matrix, scale * right, True, device)
+        torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-9, atol=1e-12)
+
+
+@kernels
+@SYSTEMS
+def test_the_kernels_elimination_without_pivots_tells_what_is_not_positive_definite(size, device):
+    half = torch.randn(size, size + 3, dtype=torch.float64)
+    matrix, right = half @ half.T, torch.randn(size, dtype=torch.float64)
+    found, least = solved(matrix, right, False, device)
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-6, atol=1e-9)
+    # D of M = L D Lᵀ has the squares of Cholesky's diagonal.
+    wanted = torch.linalg.cholesky(matrix).diagonal().square().min().item()
+    assert least == pytest.approx(wanted, rel=1e-6)
+    matrix[-1, -1] = -1.0
+    assert solved(matrix, right, False, device)[1] < 0
+
+
+@kernels
+@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), None], ids=str)
+def test_the_kernels_elimination_hides_nothing(size, entry, device):
+    """Neither what is not finite, nor a singular matrix."""
+    matrix, right = torch.randn(size, size, dtype=torch.float64), torch.randn(size, dtype=torch.float64)
+    if entry is None:
+        matrix[1] = 0
+    else:
+        matrix[1, 2] = entry
+    assert not solved(matrix, right, True, device)[0].isfinite().all()
 
 
 def rank_one_broyden(f, z0, steps, memory):

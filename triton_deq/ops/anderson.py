@@ -20,10 +20,12 @@ from .launch import (
     Again,
     Partition,
     cycle_length,
+    in_few_waves,
     launch,
     launch_at,
     next_power_of_2,
     partition,
+    processors,
     wide_dtype,
 )
 
@@ -49,6 +51,9 @@ solves for the weights anew, while sums of more warps take longer.
 """
 PROGRAMS = 4096
 """Of a launch, about: several times what a large GPU holds at once, so that few wait for the last of them."""
+RESIDENT = 3
+"""Programs of the second half of a step that a multiprocessor holds at once: each of 4 warps with 168
+registers a thread, for six slots in float32. Each begins with the sample's whole solve for its weights."""
 WARP_ENTRIES, WARP_BYTES = 256, 8192
 """Of a sample at most, and of all slots of a ring: 64 registers a thread; a whole step takes two rings."""
 
@@ -267,9 +272,10 @@ def anderson_advance(
 
     def make() -> Again:
         cut = _cut(state.x, state.history)
+        own = _own_cut(state.x, state.history)
         return launch(
             _kernels().anderson_advance_kernel,
-            (len(state.x), cut.parts),
+            (len(state.x), own.parts),
             state.x,
             state.best,
             state.iterates,
@@ -280,7 +286,7 @@ def anderson_advance(
             state.active,
             *state.x.shape,
             cut.parts,
-            cut.chunk,
+            own.chunk,
             tick,
             (step + 1) % len(state.active),
             step % state.history,
@@ -299,8 +305,16 @@ def anderson_advance(
 
 
 def _cut(x: Tensor, history: int) -> Partition:
+    """Of a sample into the parts that the first half of a step adds up, each by itself."""
     batch, entries = x.shape
     return partition(batch, entries, _most(x, history, WARPS), PROGRAMS)
+
+
+def _own_cut(x: Tensor, history: int) -> Partition:
+    """Of a sample into the parts that the second half mixes, which need not be those."""
+    batch, entries = x.shape
+    most = _most(x, history, WARPS)
+    return in_few_waves(batch, entries, most, RESIDENT, processors(x.device), PROGRAMS)
 
 
 def _constants(state: AndersonState, block: int) -> dict[str, Any]:

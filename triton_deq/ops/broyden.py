@@ -20,15 +20,20 @@ from .launch import (
     Again,
     Partition,
     cycle_length,
+    in_few_waves,
     launch,
     launch_at,
     next_power_of_2,
     partition,
+    processors,
     wide_dtype,
 )
 
 BLOCK_BYTES = 4096
 """Of one state at a time, 16-bit ones as if of 32: products with a pair hold three of them in float64."""
+RESIDENT = 2
+"""Programs of the second half of a step that a multiprocessor holds at once: each of 4 warps with up to 255
+registers a thread. Each begins with the sample's whole solve for its coefficients."""
 
 __all__ = [
     "BroydenState",
@@ -120,10 +125,10 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
     slot, filled = step % state.slots, min(step, state.slots)
 
     def make() -> Again:
-        grid, cut, constants = _geometry(state)
+        cut = _cut(state.x)
         return launch(
             _kernels().broyden_residual_kernel,
-            grid,
+            (len(state.x), cut.parts),
             fx,
             state.x,
             state.moves,
@@ -138,7 +143,7 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
             (step - 1) % state.slots,
             filled,
             LANDED=_landed(state, fx, step),
-            **constants,
+            **_constants(state),
         )
 
     launch_at(("residual", slot), (fx.data_ptr(), filled), state.launched, make)
@@ -168,10 +173,11 @@ def broyden_advance(
     tick = step % len(state.active)
 
     def make() -> Again:
-        grid, cut, constants = _geometry(state)
+        cut = _cut(state.x)
+        own = _own_cut(state.x)
         return launch(
             _kernels().broyden_advance_kernel,
-            grid,
+            (len(state.x), own.parts),
             state.x,
             state.best,
             state.changes,
@@ -183,7 +189,7 @@ def broyden_advance(
             state.active,
             *state.x.shape,
             cut.parts,
-            cut.chunk,
+            own.chunk,
             tick,
             (step + 1) % len(state.active),
             step % state.slots,
@@ -192,29 +198,39 @@ def broyden_advance(
             PARTS=next_power_of_2(cut.parts),
             RELATIVE=relative,
             OVER_BATCH=over_batch,
-            num_warps=8 if state.slots > 32 else 4,  # which hold M, 64 × 64 in float64 then
-            **constants,
+            num_warps=8 if state.slots > 31 else 4,  # which hold M, 64 × 64 in float64 then
+            **_constants(state),
         )
 
     launch_at(("advance", tick), (last, relative, over_batch), state.launched, make)
     return state.active[tick]
 
 
-def _geometry(state: BroydenState) -> tuple[tuple[int, int], Partition, dict[str, Any]]:
-    """The grid, the cut of a sample, and the compile-time constants that both kernels share."""
-    cut = _cut(state.x)
-    constants = {
+def _constants(state: BroydenState) -> dict[str, Any]:
+    """The compile-time constants that both kernels share."""
+    return {
         "SLOTS": state.slots,
         "LANES": state.dots.shape[-1],
-        "BLOCK": cut.block,
+        "BLOCK": _cut(state.x).block,
         "WIDE": wide_dtype(state.x.dtype),
     }
-    return (state.x.shape[0], cut.parts), cut, constants
 
 
 def _cut(x: Tensor) -> Partition:
+    """Of a sample into the parts that the first half of a step adds up, each by itself."""
     batch, entries = x.shape
-    return partition(batch, entries, most=BLOCK_BYTES // max(x.element_size(), 4))
+    return partition(batch, entries, _most(x))
+
+
+def _own_cut(x: Tensor) -> Partition:
+    """Of a sample into the parts that the second half mixes, which need not be those."""
+    batch, entries = x.shape
+    return in_few_waves(batch, entries, _most(x), RESIDENT, processors(x.device))
+
+
+def _most(x: Tensor) -> int:
+    """How many entries of a sample a program takes at a time."""
+    return BLOCK_BYTES // max(x.element_size(), 4)
 
 
 @cache

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from .interpreted import patched_once
 
 PROGRAMS = 2048
 """Enough programs to fill a large GPU several times; more would only repeat each sample's small solve."""
+WORTHWHILE_BLOCKS = 16
+"""So many blocks of a state take a program longer than the small solve that it begins with."""
 MAX_PARTS = 256
 MAX_BLOCK = 2048
 SHARING = 4
@@ -210,6 +212,28 @@ class Partition:
     parts: int
     chunk: int
     block: int
+
+
+@lru_cache(maxsize=1024)
+def in_few_waves(
+    batch: int, entries: int, most: int, resident: int, processors: int, programs: int = PROGRAMS
+) -> Partition:
+    """Cut rows as `partition` does, but no finer than is of use where each program begins with a long wait.
+
+    One wave of programs, `resident` on each multiprocessor, does that once for all; a large state is shared
+    out further, until a program has so few blocks left that its beginning would count.
+    """
+    blocks = batch * -(-entries // most)
+    wave = resident * processors
+    return partition(batch, entries, most, max(wave, min(programs, blocks // WORTHWHILE_BLOCKS)))
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors it has; of what is no GPU, as many as a large one."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=1024)

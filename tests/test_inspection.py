@@ -27,7 +27,6 @@ from triton_deq.inspection.reading import (
     lines_of,
     matrix_instructions,
     nvidia_resources,
-    unset_registers,
 )
 from triton_deq.inspection.targets import TARGETS, occupancy
 
@@ -667,28 +666,6 @@ def elf(*sections: tuple[int, int]) -> bytes:
     return bytes(header) + b"".join(rows)
 
 
-def test_uniform_registers_that_nothing_has_written():
-    """As ptxas 12.8 left them before a matrix product, and as 12.9 has them."""
-    lost = """
-        /*0a70*/                   UMOV UR8, 0x400 ;
-        /*18c0*/                   UIADD3 UR9, UR8, 0x2000, URZ ;
-        /*18e0*/                   UIADD3 UR15, UP0, UR8, 0x20, URZ ;
-        /*19c0*/                   UIADD3.X UR18, UR18, -0x3ffffff0, URZ, UP0, !UPT ;
-        /*19d0*/               @P0 LDG.E.128 R32, desc[UR8][R32.64] ;
-        /*70e0*/                   HGMMA.64x16x16.F32.BF16 R120, R28, gdesc[UR4].tnspB, R120 ;
-    """
-    assert unset_registers(lost) == ["UR18"]
-    whole = """
-        /*0030*/                   ULDC.64 UR4, c[0x0][0x268] ;
-        /*0a70*/                   R2UR UR8, R3 ;
-        /*1fd0*/                   UIADD3 UR46, UP1, UR8, 0x20, URZ ;
-        /*2050*/                   UIADD3.X UR47, UR5, -0x3ffffff0, URZ, UP1, !UPT ;
-        /*2710*/                   UIADD3.64 UR50, UR46, 0x20, URZ ;
-        /*2720*/              @UP0 UMOV UR52, UR51 ;
-    """
-    assert unset_registers(whole) == []
-
-
 def test_nvidia_resources():
     ptxas = textwrap.dedent("""\
         ptxas info    : Function properties for a_kernel
@@ -798,6 +775,14 @@ def test_the_roofline_is_traffic_over_bandwidth(capsys):
     assert step["least"] == pytest.approx(step["traffic"] / 4.8e12 + 2 * 5e-6)
     small = of["Anderson step [fp32,m=6]", 8, 4096]
     assert small["binds"] == "launches"
+
+
+@pytest.mark.parametrize("words", [["--waits"], ["--asm", "here"], ["--target", "sm_90"]], ids=" ".join)
+def test_the_roofline_takes_no_option_of_the_compilers(words, capsys):
+    assert run_here("--roofline", "h100", *words) == 2
+    message = capsys.readouterr().err
+    assert "--roofline" in message
+    assert words[0] in message
 
 
 def test_the_roofline_as_a_table(capsys):

@@ -21,6 +21,7 @@ from .entry import (
     of_few,
     sizes_of,
     ticks_of,
+    traded,
     unit_of,
 )
 
@@ -196,7 +197,7 @@ ENTRIES = (
     _advance("fp64", 6),
     _advance("fp32", 1),
     _advance("fp32", 6, over_batch=True, note="over batch"),
-    of_few(_advance("fp32", 10, ONE_LARGE, "one sample")),
+    traded(of_few(_advance("fp32", 10, ONE_LARGE, "one sample")), 12),
     _advance("bf16", 6, ODD, "odd N,absolute ridge", relative_ridge=False),
     _step("fp32", 6, SMALL),
     of_few(_step("bf16", 6, replace(SMALL, entries=2048, chunk=2048, block=2048))),

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--asm", metavar="DIR", help="write PTX and SASS, or AMD assembly, to this folder")
     parser.add_argument(
+        "--waits", action="store_true", help="also what a warp waits for, from NVIDIA's machine code: a model"
+    )
+    parser.add_argument(
         "--jobs", type=parse_count(1), default=os.cpu_count(), help="processes (default: one a CPU)"
     )
     parser.add_argument(
@@ -79,12 +82,14 @@ def _inspect(catalog: Any, entries: list[int], arguments: argparse.Namespace) ->
     import triton
 
     targets = arguments.target or list(TARGETS)
+    if arguments.waits and all(TARGETS[name].backend != "cuda" for name in targets):
+        raise Refusal(f"--waits reads NVIDIA's machine code, and --target is {targets[0]}: add sm_90")
     _require_tools(targets)
     if arguments.asm:
         Path(arguments.asm).mkdir(parents=True, exist_ok=True)
     asm = arguments.asm and str(Path(arguments.asm).resolve())
     jobs = [
-        Job(arguments.catalog, entry, configuration, target, asm)
+        Job(arguments.catalog, entry, configuration, target, asm, arguments.waits)
         for entry in entries
         for configuration in range(len(configurations(catalog.ENTRIES[entry].kernel)))
         for target in targets
@@ -94,12 +99,17 @@ def _inspect(catalog: Any, entries: list[int], arguments: argparse.Namespace) ->
     rows = list(show.table(compile_all(jobs, arguments.jobs), quiet))
     version = triton.__version__
     _write([{**asdict(row), "passed": row.passed, "triton": version} for row in rows], arguments.json)
+    if arguments.waits and not quiet:
+        print(show.waits(rows))
     out = sys.stderr if quiet else sys.stdout
     print(show.conclusion(rows, version, time.perf_counter() - began), file=out)
     return 0 if all(row.passed for row in rows) else 1
 
 
 def _roofline(catalog: Any, entries: list[int], arguments: argparse.Namespace) -> int:
+    for option in ("target", "asm", "waits"):
+        if getattr(arguments, option):
+            raise Refusal(f"--roofline compiles nothing: leave out --{option}")
     chosen = [catalog.ENTRIES[entry] for entry in entries]
     found = roofline.bounds(catalog, chosen, arguments.roofline, arguments.launch_us * 1e-6)
     if arguments.json != "-":

@@ -19,7 +19,10 @@ from .reading import (
     nvidia_resources,
     unset_registers,
 )
+from .sass import disassemble, listing
 from .targets import TARGETS, Target, occupancy
+from .waits import Path as CodePath
+from .waits import follow
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Job:
     configuration: int
     target: str
     asm: str | None = None
+    waits: bool = False
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Row:
     occupancy: share of the resident warps that the target could have; limited_by: what binds it.
     loads, stores: bytes of an instruction → how many such instructions, of a thread. The contiguous ones
     are those that touch the entry's contiguous arguments.
+    path: what a warp waits for, if that was asked for, and the target is NVIDIA's.
     broken: the budgets that do not hold. error: the compiler's message; then nothing else is known.
     """
 
@@ -64,6 +69,7 @@ class Row:
     matrix_instructions: int = 0
     code: int = 0
     seconds: float = 0.0
+    path: CodePath | None = None
     broken: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -129,11 +135,18 @@ def _compile(entry: Any, job: Job, row: Row) -> None:
     with _listening() as (report, times):
         compiled = _warm_up(entry, job.configuration, target)
     row.seconds = sum(times)
-    assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    cuda = target.backend == "cuda"
+    assembly = compiled.asm["ptx" if cuda else "amdgcn"]
+    descriptors = "wgmma" in assembly  # which it makes in uniform registers
+    wanted = cuda and (descriptors or job.waits or job.asm is not None)
+    code = disassemble(compiled.asm["cubin"]) if wanted else []
     if job.asm is not None:
-        _write_assembly(compiled, assembly, Path(job.asm) / f"{_file_name(row.kernel)}.{target.name}")
+        stem = Path(job.asm) / f"{_file_name(row.kernel)}.{target.name}"
+        Path(f"{stem}.{'ptx' if cuda else 'amdgcn'}").write_text(assembly)
+        if cuda:
+            Path(f"{stem}.sass").write_text(listing(code))
 
-    if target.backend == "cuda":
+    if cuda:
         resources = nvidia_resources(report.getvalue(), compiled.asm["cubin"])
     else:
         resources = amd_resources(assembly)
@@ -152,8 +165,10 @@ def _compile(entry: Any, job: Job, row: Row) -> None:
     row.broken = list(broken_budgets(entry.budget, row, target))
     lost = {kind for kind, *_ in lines} - {access.kind for access in bulk}
     row.broken += [f"no instruction was found for the contiguous {kind}s" for kind in sorted(lost)]
-    if "wgmma" in assembly:  # what makes descriptors in uniform registers
-        unset = unset_registers(compiled.asm["sass"])
+    if job.waits and cuda:
+        row.path = follow(code)
+    if descriptors:
+        unset = unset_registers(code)
         row.broken += [f"the assembler lets it read {name}, which nothing has written" for name in unset]
 
 
@@ -226,11 +241,3 @@ def broken_budgets(budget: Any, row: Row, target: Target) -> Iterator[str]:
 
 def _file_name(kernel: str) -> str:
     return re.sub(r"[^\w=.-]+", "_", kernel).strip("_")
-
-
-def _write_assembly(compiled: Any, assembly: str, stem: Path) -> None:
-    if "cubin" not in compiled.asm:
-        Path(f"{stem}.amdgcn").write_text(assembly)
-        return
-    Path(f"{stem}.ptx").write_text(assembly)
-    Path(f"{stem}.sass").write_text(compiled.asm["sass"])

@@ -5,10 +5,12 @@ import inspect
 import re
 import struct
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .sass import Instruction
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,6 @@ _PTX = re.compile(r"\b(ld|st)\.global((?:\.[\w:]+)*)\.[bsuf](\d+)\b")
 _PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[.*?\],\s*\[.*?\],\s*(0x[0-9a-fA-F]+|\d+)")
 _AMD = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)")
 _AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;", re.MULTILINE)
 _UNIFORM = re.compile(r"\bUR(\d+)\b")
 _WRITES_UNIFORM = ("U", "R2UR", "S2UR", "LDCU", "VOTEU", "REDUX")
 _PAIRS = re.compile(r"\.64|\.WIDE")
@@ -105,7 +106,7 @@ def matrix_instructions(assembly: str) -> int:
     return len(_MATRIX.findall(assembly))
 
 
-def unset_registers(sass: str) -> list[str]:
+def unset_registers(code: Iterable[Instruction]) -> list[str]:
     """The uniform registers that an instruction reads and none before it has written, by address.
 
     An assembler that drops a copy leaves such a read behind: ptxas 12.8 was seen to make half a descriptor
@@ -114,7 +115,7 @@ def unset_registers(sass: str) -> list[str]:
     """
     written: set[int] = set()
     unset = []
-    for name, operands in _SASS.findall(sass):
+    for name, operands in ((each.name, each.operands) for each in code):
         first, *others = operands.split(",")
         targets: list[int] = []
         if name.startswith(_WRITES_UNIFORM) and first.strip().startswith("UR"):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from .compiling import Row
 from .roofline import DEVICES, Bound
+from .waits import BARRIER, LATENCIES, OTHERS
 
 HEADER = (
     f"{'kernel':<48} {'target':<6} {'regs':>4} {'spill':>5} {'shared':>6} {'occupancy':>15} "
@@ -33,6 +34,26 @@ def line(row: Row) -> str:
         f"{row.matrix_instructions:4} {row.code:6} {row.seconds:5.1f}s"
     )
     return start + numbers + (f"  BROKEN: {'; '.join(row.broken)}" if row.broken else "")
+
+
+def waits(rows: Iterable[Row]) -> str:
+    """A table of what a warp waits for in each kernel."""
+    latencies = ", ".join(f"{name} {clocks}" for name, clocks in {**LATENCIES, "BAR": BARRIER}.items())
+    lines = [
+        f"one warp alone, no branch taken; clocks assumed: {latencies}, others {OTHERS}",
+        f"{'kernel':<48} {'target':<6} {'instructions':>12} {'clocks':>7} {'memory':>6} {'barriers':>8} "
+        f"{'shuffles':>8}  a turn of each loop: clocks (memory, barriers)",
+    ]
+    for row in rows:
+        if row.path is None:
+            continue
+        whole = row.path.whole
+        turns = ", ".join(f"{turn.clocks} ({turn.memory}, {turn.barriers})" for turn in row.path.loops)
+        lines.append(
+            f"{row.kernel:<48} {row.target:<6} {whole.instructions:12} {whole.clocks:7} {whole.memory:6} "
+            f"{whole.barriers:8} {whole.shuffles:8}  {turns or '-'}"
+        )
+    return "\n".join(lines)
 
 
 def conclusion(rows: list[Row], version: str, seconds: float) -> str:

@@ -57,7 +57,7 @@ def scalars(vector, lanes, COUNT: tl.constexpr):
 def load_triangle(gram_ptr, slot, count, HISTORY: tl.constexpr):
     """The lower triangle of a Gram matrix `[HISTORY, HISTORY]`, row after row, a tuple, for `weights_of_few`.
 
-    Zeros in rows and columns of all but the `count` newest slots. gram_ptr and count may be of many samples.
+    Zeros in rows and columns of all but the `count` newest slots.
     """
     triangle = ()
     valid = ()
@@ -69,13 +69,33 @@ def load_triangle(gram_ptr, slot, count, HISTORY: tl.constexpr):
 
 
 @triton.jit
+def load_triangles(grams_ptr, present, slot, count, HISTORY: tl.constexpr):
+    """The same of many samples, vectors each; count: of each, read where `present`.
+
+    Loads whose masks were as many vectors would leave a few at a time, for want of predicate registers, and
+    wait for `count`: so all entries are read, and those that take no part are dropped then.
+    """
+    stored = ()
+    for i in tl.static_range(HISTORY):
+        for j in tl.static_range(i + 1):
+            stored += (tl.load(grams_ptr + i * HISTORY + j, mask=present, other=0),)
+    triangles = ()
+    valid = ()
+    for i in tl.static_range(HISTORY):
+        valid += (is_among(i, slot, count, HISTORY),)
+        for j in tl.static_range(i + 1):
+            triangles += (tl.where(valid[i] & valid[j], entry_of(stored, i, j), 0),)
+    return triangles
+
+
+@triton.jit
 def weights_of_few(
     triangle, sums, slot, count, HISTORY: tl.constexpr, RIDGE: tl.constexpr, RELATIVE_RIDGE: tl.constexpr
 ):
     """Anderson's α, a tuple in float64, and whether the solve was of use; of one sample or of many.
 
-    triangle: of `load_triangle`. Row and column `slot` may already hold this step's sums or not: those in
-    `sums`, a tuple with one for each slot, count.
+    triangle: of `load_triangle` or `load_triangles`. Row and column `slot` may already hold this step's sums
+    or not: those in `sums`, a tuple with one for each slot, count.
     """
     matrix = ()
     right = ()

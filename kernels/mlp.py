@@ -7,7 +7,7 @@ triton_deq/reference/mlp.py.
 import triton
 import triton.language as tl
 
-from .mixing import load_triangle, weights_of_few
+from .mixing import load_triangles, weights_of_few
 from .primitives import (
     BEST,
     CONVERGED,
@@ -405,6 +405,14 @@ def evaluate(
     return value
 
 
+@triton.jit
+def load_older(ring_ptr, stride, tile, live, j, slot, filled):
+    """Slot j of a ring at some rows; zeros if it is the newest, or not filled."""
+    return tl.load(
+        ring_ptr + j * stride + tile, mask=tl.where((j < filled) & (j != slot), live, False), other=0
+    )
+
+
 @triton.jit(do_not_specialize=["B", "max_steps"])
 def mlp_solve_kernel(
     x_ptr,
@@ -463,6 +471,7 @@ def mlp_solve_kernel(
     scratch: [B, WIDTH]
     slope, normal, inverse and scratch are read with ADJOINT only.
     """
+    EARLY: tl.constexpr = HISTORY > 1 and BLOCK <= 128  # wider rows would be spilled for it
     first_row = tl.program_id(0) * SAMPLES
     local = tl.arange(0, SAMPLES)
     rows = first_row + local
@@ -524,12 +533,14 @@ def mlp_solve_kernel(
             best = tl.load(record_ptr + BEST * B + rows, mask=present, other=0)
             tolerance = tl.load(record_ptr + TOLERANCE * B + rows, mask=present, other=0)
             wide_x = x.to(WIDE)
+            slot = step % HISTORY
+            filled = tl.minimum(step + 1, HISTORY)
+            if EARLY:
+                other = load_older(residuals_ptr, ring, tile, live, 0, slot, filled)
             fx = tl.where(inside, fx.to(x.dtype).to(WIDE), 0)  # rounded as f's value is outside of here
             difference = (fx - wide_x).to(x.dtype).to(WIDE)
             iterate = (wide_x + MIXING * (fx - wide_x)).to(x.dtype)
 
-            slot = step % HISTORY
-            filled = tl.minimum(step + 1, HISTORY)
             exact = difference.to(tl.float64)
             value_sq = tl.sum(fx.to(tl.float64) * fx.to(tl.float64), axis=1)
             residual_sq = tl.sum(exact * exact, axis=1)
@@ -543,10 +554,13 @@ def mlp_solve_kernel(
 
             if HISTORY > 1:
                 sums = tl.where(lanes[None, :] == slot, residual_sq[:, None], 0.0)
+                # The next slot is on its way while this one's products are added up.
+                if not EARLY:
+                    other = load_older(residuals_ptr, ring, tile, live, 0, slot, filled)
                 for j in range(HISTORY):
-                    older = tl.where((j < filled) & (j != slot), live, False)
-                    other = tl.load(residuals_ptr + j * ring + tile, mask=older, other=0).to(tl.float64)
-                    sums += tl.where(lanes[None, :] == j, tl.sum(exact * other, axis=1)[:, None], 0.0)
+                    product_sum = tl.sum(exact * other.to(tl.float64), axis=1)
+                    other = load_older(residuals_ptr, ring, tile, live, j + 1, slot, filled)
+                    sums += tl.where(lanes[None, :] == j, product_sum[:, None], 0.0)
                 tl.store(residuals_ptr + slot * ring + tile, difference, mask=live)
                 tl.store(iterates_ptr + slot * ring + tile, iterate, mask=live)
                 # The small solves have layouts of their own, so what they take and give goes through memory.
@@ -559,7 +573,7 @@ def mlp_solve_kernel(
                 count = tl.load(record_ptr + COUNT * B + rows, mask=present, other=0).to(tl.int32)
                 count = tl.where(present, tl.minimum(count + 1, HISTORY), 0)
                 grams = gram_ptr + local * HISTORY * HISTORY
-                triangle = load_triangle(grams, slot, count, HISTORY)
+                triangle = load_triangles(grams, present, slot, count, HISTORY)
                 sums = ()
                 for j in tl.static_range(HISTORY):
                     sums += (tl.load(grams + slot * HISTORY + j, mask=present, other=0),)

@@ -278,7 +278,7 @@ ENTRIES = (
     _mlp_probe_vjp("fp32", 1, 64, "one sample"),
     _mlp_solve("fp32", 128, spilled=92),
     _mlp_solve("fp32", 128, "adjoint", 56, adjoint=True),
-    _mlp_solve("fp32", 256, spilled=380),
+    _mlp_solve("fp32", 256, spilled=404),
     _mlp_solve("fp32", 256, "Picard", 16, history=1),
     _mlp_solve("bf16", 128),
     _mlp_solve("fp32", 128, "hidden,norm", 56, hidden=512, norm=True),

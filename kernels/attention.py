@@ -85,14 +85,23 @@ def load_keys(both, start, lanes, T, M, HEAD: tl.constexpr, MEMORY: tl.constexpr
 
     start: its first row; a whole number of blocks lies between it and M.
     """
-    if MEMORY:
+    # Only loads that are always made are pipelined. Operands of 32 bits, which are not (see `_tiles` in
+    # triton_deq/ops/attention.py), spill more for it, and Triton 3.6.0 chooses no pointers for AMD.
+    CHOSEN: tl.constexpr = both[2].dtype.element_ty.primitive_bitwidth == 16 and not tl.target_info.is_hip()
+    if not MEMORY:
+        return load_rows(both[2], both[3], start + lanes, M + T, HEAD)
+    elif CHOSEN:
+        if start < M:
+            begin, stride, count = both[0], both[1], M
+        else:
+            begin, stride, count = both[2], both[3], M + T
+        return load_rows(begin, stride, start + lanes, count, HEAD)
+    else:
         if start < M:
             keys = load_rows(both[0], both[1], start + lanes, M, HEAD)
         else:
             keys = load_rows(both[2], both[3], start + lanes, M + T, HEAD)
         return keys
-    else:
-        return load_rows(both[2], both[3], start + lanes, M + T, HEAD)
 
 
 @triton.jit

@@ -178,7 +178,7 @@ ENTRIES = (
     _entry("attention_key_vjp", "fp32", spilled=1904, constants=_FIRST),
     _entry("attention_key_vjp", "fp16", "odd d", spilled=320, constants=_FIRST, **_ODD),
     _entry("attention_key_vjp", "bf16", "second", spilled=496, constants=_SECOND),
-    _entry("attention_position_vjp", "bf16", spilled=604, constants={"parts": 14} | _FIRST),
+    _entry("attention_position_vjp", "bf16", spilled=800, constants={"parts": 14} | _FIRST),
     _entry("attention_position_vjp", "fp32", spilled=2324, constants={"parts": 10} | _FIRST),
     _entry("attention_jvp", "bf16"),
     _entry("attention_jvp", "fp64", "small", **_SMALL),

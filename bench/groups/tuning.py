@@ -64,7 +64,8 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
             yield op, dtype, (1024, 1024), _product_choices(dtype)
     for shape in ((32, 16384), (32, 1048576)):
         for dtype in (full, half):
-            yield "anderson_residual", dtype, shape, _parts_choices()
+            registers = [Choice("maxnreg=255", {"maxnreg": 255})] if dtype == full else []
+            yield "anderson_residual", dtype, shape, _parts_choices() + registers
             yield "anderson_advance", dtype, shape, _parts_choices() + _wave_choices()
     yield "broyden_residual", full, (32, 16384), _pairs_choices()
     yield "broyden_advance", full, (32, 16384), _pairs_choices() + _wave_choices()
@@ -132,7 +133,10 @@ def _tile_choices(sizes: list[tuple[int, int]]) -> list[Choice]:
 def _attention_choices(dtype: torch.dtype) -> list[Choice]:
     wide = [(16, 1, 1), (16, 1, 2), (16, 2, 1), (32, 2, 1)]
     narrow = [(16, 1, 2), (32, 2, 1), (32, 2, 2), (32, 2, 3), (32, 4, 2), (64, 4, 2)]
-    return [_attention_choice(*each) for each in (narrow if dtype.itemsize == 2 else wide)]
+    if dtype.itemsize > 2:
+        return [_attention_choice(*each) for each in wide]
+    # With 168 registers six programs of the forward kernel fit a multiprocessor instead of five.
+    return [*(_attention_choice(*each) for each in narrow), Choice("maxnreg=168", {"maxnreg": 168})]
 
 
 def _attention_choice(block: int, warps: int, stages: int) -> Choice:

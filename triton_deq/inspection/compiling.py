@@ -190,7 +190,10 @@ def _warm_up(entry: Any, configuration: int, target: Target) -> Any:
     _, constants = configurations(entry.kernel)[configuration]
     kernel = entry.kernel if not constants else entry.kernel.fn
     driver.set_active(AbsentGPU(target))
-    return kernel.warmup(grid=(1,), **{**arguments, **entry.options, **constants})
+    options = dict(entry.options)
+    if target.backend != "cuda":
+        options.pop("maxnreg", None)  # an option of NVIDIA's compiler
+    return kernel.warmup(grid=(1,), **{**arguments, **options, **constants})
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ..reference.record import Record
 from .launch import (
     Again,
     Partition,
+    at_most,
     cycle_length,
     in_few_waves,
     launch,
@@ -225,6 +226,8 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
             MIXING=mixing,
             LANDED=_landed(state, fx, step),
             **_constants(state, cut.block),
+            # ptxas would take some more, and a multiprocessor hold three programs instead of four.
+            **(at_most(128) if state.history == 6 and state.x.dtype == torch.float32 else {}),
         )
 
     launch_at(("residual", slot), (fx.data_ptr(), filled, mixing), state.launched, make)

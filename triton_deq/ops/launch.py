@@ -254,6 +254,11 @@ def cycle_length(slots: int) -> int:
     return slots * -(-4 // slots)
 
 
+def at_most(registers: int) -> dict[str, int]:
+    """The option for so many registers a thread, which NVIDIA's compiler has."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
 def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 

@@ -80,14 +80,14 @@ def both_at(memory_ptr, memory_layout, ptr, layout, sample, head, M, HEAD: tl.co
 
 
 @triton.jit
-def load_keys(both, start, lanes, T, M, HEAD: tl.constexpr, MEMORY: tl.constexpr):
+def load_keys(both, start, lanes, T, M, HEAD: tl.constexpr, MEMORY: tl.constexpr, PIPELINED: tl.constexpr):
     """A block of a head's M rows in memory and the T current ones after them; all of one kind.
 
     start: its first row; a whole number of blocks lies between it and M.
+    PIPELINED: the caller's loop is, so that this one's rows are on their way while others are worked on.
     """
-    # Only loads that are always made are pipelined. Operands of 32 bits, which are not (see `_tiles` in
-    # triton_deq/ops/attention.py), spill more for it, and Triton 3.6.0 chooses no pointers for AMD.
-    CHOSEN: tl.constexpr = both[2].dtype.element_ty.primitive_bitwidth == 16 and not tl.target_info.is_hip()
+    # Only loads that are always made are pipelined. Triton 3.6.0 chooses no pointers for AMD.
+    CHOSEN: tl.constexpr = PIPELINED and not tl.target_info.is_hip()
     if not MEMORY:
         return load_rows(both[2], both[3], start + lanes, M + T, HEAD)
     elif CHOSEN:
@@ -370,7 +370,7 @@ def attention_kernel(
         near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
         far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
         products = shifted(position, near, far, TF32, OPERAND, WIDE)
-        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY)
+        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY, True)
         products += inner(content, keys, TF32, OPERAND, WIDE)
         products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
         raised = tl.maximum(highest, SCALE * tl.max(products, axis=1))
@@ -381,7 +381,7 @@ def attention_kernel(
         if DROPOUT > 0:
             j = start + lanes
             weights *= kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
-        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY)
+        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY, True)
         value = mixed(weights, values, scaled(value, faded[:, None]), TF32, OPERAND, WIDE)
         highest = raised
 
@@ -468,6 +468,7 @@ def attention_query_vjp_kernel(
     by_position = zero_rows(BLOCK, HEAD, WIDE)
     key_source = both_at(memory_keys_ptr, memory_key_layout, k_ptr, k_layout, sample, head, M, HEAD)
     value_source = both_at(memory_values_ptr, memory_value_layout, v_ptr, v_layout, sample, head, M, HEAD)
+    NARROW: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth == 16  # else not pipelined
     reached = reach(i, T, M, window)
     begin, end = seen_keys(first, T, M, window, BLOCK)
     for start in range(begin, end, BLOCK):
@@ -475,11 +476,11 @@ def attention_query_vjp_kernel(
         near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
         far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
         products = shifted(position, near, far, TF32, OPERAND, WIDE)
-        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY)
+        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY, NARROW)
         products += inner(content, keys, TF32, OPERAND, WIDE)
         products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
         weights = powers(products, sums, SCALE)
-        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY)
+        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY, NARROW)
         of_weights = inner(vector, values, TF32, OPERAND, WIDE)
         j = start + lanes
         mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
@@ -688,6 +689,7 @@ def attention_position_vjp_kernel(
         line = sample * H + head
         offset = (sample.to(tl.int64) * T * H + head) * HEAD[2]
         vector_head = at_head(vector_ptr, vector_layout, sample, head, HEAD)
+        NARROW: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth == 16  # else not pipelined
         key_source = both_at(memory_keys_ptr, memory_key_layout, k_ptr, k_layout, sample, head, M, HEAD)
         value_source = both_at(memory_values_ptr, memory_value_layout, v_ptr, v_layout, sample, head, M, HEAD)
         for first in range(begin, end, BLOCK):
@@ -696,16 +698,16 @@ def attention_position_vjp_kernel(
             content = biased(q, content_bias_ptr, head, HEAD, OPERAND, WIDE)
             position = biased(q, position_bias_ptr, head, HEAD, OPERAND, WIDE)
             base = first + M - closest  # of keys: near ones end here, on the left, far ones begin
-            near_keys = load_keys(key_source, base - BLOCK, lanes, T, M, HEAD, MEMORY)
-            far_keys = load_keys(key_source, base, lanes, T, M, HEAD, MEMORY)
+            near_keys = load_keys(key_source, base - BLOCK, lanes, T, M, HEAD, MEMORY, NARROW)
+            far_keys = load_keys(key_source, base, lanes, T, M, HEAD, MEMORY, NARROW)
             products = shifted(content, near_keys, far_keys, TF32, OPERAND, WIDE)
             products += inner(position, r, TF32, OPERAND, WIDE)
             products = masked(products, distance[None, :], reach(i, T, M, window))
             sums = tl.load(sums_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
             weights = powers(products, sums, SCALE)
             vector = load_rows(vector_head, vector_layout[2], i, T, HEAD)
-            near_values = load_keys(value_source, base - BLOCK, lanes, T, M, HEAD, MEMORY)
-            far_values = load_keys(value_source, base, lanes, T, M, HEAD, MEMORY)
+            near_values = load_keys(value_source, base - BLOCK, lanes, T, M, HEAD, MEMORY, NARROW)
+            far_values = load_keys(value_source, base, lanes, T, M, HEAD, MEMORY, NARROW)
             of_weights = shifted(vector, near_values, far_values, TF32, OPERAND, WIDE)
             delta = tl.load(delta_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
             j = i[:, None] + M - distance[None, :]
@@ -802,7 +804,7 @@ def attention_jvp_kernel(
         near = load_rows(positions_ptr, position_layout[2], base - BLOCK + lanes, M + T, HEAD)
         far = load_rows(positions_ptr, position_layout[2], base + lanes, M + T, HEAD)
         products = shifted(position, near, far, TF32, OPERAND, WIDE)
-        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY)
+        keys = load_keys(key_source, start, lanes, T, M, HEAD, MEMORY, True)
         products += inner(content, keys, TF32, OPERAND, WIDE)
         products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
         weights = powers(products, sums, SCALE)
@@ -813,7 +815,7 @@ def attention_jvp_kernel(
         tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
         moved = weights * tangent
         mean += tl.sum(moved, axis=1)
-        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY)
+        values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY, True)
         derivative = mixed(moved * mask, values, derivative, TF32, OPERAND, WIDE)
         c = load_rows(c_ptr + offset, H * HEAD[2], j - M, T, HEAD)
         weights = tl.where(current, weights * mask, 0)

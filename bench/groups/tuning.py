@@ -142,7 +142,7 @@ def _attention_choices(dtype: torch.dtype) -> list[Choice]:
 def _attention_choice(block: int, warps: int, stages: int) -> Choice:
     constants = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
 
-    def tiles(dtype: torch.dtype, rows: int, second: bool = False) -> dict[str, int]:
+    def tiles(dtype: torch.dtype, rows: int, **kind: bool) -> dict[str, int]:
         return constants
 
     return Choice(" ".join(f"{name}={value}" for name, value in constants.items()), values={"_tiles": tiles})

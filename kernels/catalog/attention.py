@@ -87,6 +87,7 @@ def _entry(
             dtype,
             memory + queries if kernel == "attention_position_vjp" else queries,
             kernel == "attention_jvp" or (constants or {}).get("SECOND", False),
+            kernel in ("attention", "attention_jvp"),
         ),
         **(constants or {}),
     }
@@ -148,12 +149,16 @@ def _parts(depth: int) -> tuple[int, int]:
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
-def _tiles(dtype: str, rows: int, second: bool) -> dict[str, int]:
+def _tiles(dtype: str, rows: int, second: bool, pipelined: bool) -> dict[str, int]:
     """As the op cuts a head into programs."""
     narrow = dtype in ("fp16", "bf16")
     block = max(16, min(32 if narrow and not second else 16, 1 << (rows - 1).bit_length()))
     warps = 4 if dtype == "fp64" else block // 16
-    return {"BLOCK": block, "num_warps": warps, "num_stages": 2 if narrow else 1}
+    return {
+        "BLOCK": block,
+        "num_warps": warps,
+        "num_stages": 2 if narrow or (pipelined and dtype == "fp32") else 1,
+    }
 
 
 _SMALL: dict[str, Any] = {"batch": 2, "queries": 20, "memory": 17, "depth": 16}
@@ -181,5 +186,6 @@ ENTRIES = (
     _entry("attention_position_vjp", "bf16", spilled=800, constants={"parts": 14} | _FIRST),
     _entry("attention_position_vjp", "fp32", spilled=2324, constants={"parts": 10} | _FIRST),
     _entry("attention_jvp", "bf16"),
+    _entry("attention_jvp", "fp32", spilled=2500),
     _entry("attention_jvp", "fp64", "small", **_SMALL),
 )

@@ -21,8 +21,7 @@ from .reading import (
 )
 from .sass import disassemble, listing
 from .targets import TARGETS, Target, occupancy
-from .waits import Path as CodePath
-from .waits import follow
+from .waits import CodePath, follow
 
 
 @dataclass(frozen=True)

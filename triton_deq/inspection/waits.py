@@ -51,20 +51,20 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Path:
+class CodePath:
     """A kernel from its first instruction to its exit, no branch taken, and one turn of each of its loops."""
 
     whole: Stretch
     loops: tuple[Stretch, ...]
 
 
-def follow(code: Sequence[Instruction]) -> Path:
+def follow(code: Sequence[Instruction]) -> CodePath:
     """Follow one warp along the code of a kernel."""
     exits = [i for i, each in enumerate(code) if each.kind == "EXIT"]
     # Behind it stand the slow paths. Some kernels have exits with a predicate alone.
     end = next((i for i in exits if not code[i].predicate), exits[-1])
     main = code[: end + 1]
-    return Path(_stretch(main), tuple(_stretch(main[begin : last + 1]) for begin, last in _loops(main)))
+    return CodePath(_stretch(main), tuple(_stretch(main[begin : last + 1]) for begin, last in _loops(main)))
 
 
 def _loops(code: Sequence[Instruction]) -> Iterator[tuple[int, int]]:

@@ -221,7 +221,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Evaluate
     value = torch.empty_like(q, memory_format=torch.contiguous_format)
     batch, queries, heads, _ = q.shape
     sums = q.new_empty(batch, heads, queries, dtype=accumulate_dtype(q.dtype))
-    tiles = _tiles(q.dtype, queries)
+    tiles = _tiles(q.dtype, queries, pipelined=True)
     launch(
         _kernels().attention_kernel,
         (batch * heads * -(-queries // tiles["BLOCK"]),),
@@ -348,20 +348,24 @@ def parts_of(depth: int) -> tuple[int, int]:
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
-def _tiles(dtype: torch.dtype, rows: int, second: bool = False) -> dict[str, int]:
+def _tiles(dtype: torch.dtype, rows: int, *, second: bool = False, pipelined: bool = False) -> dict[str, int]:
     """The block size of a kernel and its warps, of 16 rows each: more would only do the same again.
 
     rows: of what a program takes a block of. second: of second derivatives, which hold more tiles. Larger
     blocks would spill more: in float32 each operand of a product is held as two. And blocks of 64 rows in 4
     warps would be multiplied by Hopper's wgmma, whose descriptors ptxas 12.8 gets wrong here: of a kernel
     with these parts of a head it lost half of one, and launches faulted (see `inspection.unset_registers`).
-    In 16 bits the next block's rows are copied to shared memory meanwhile, which takes registers off the
-    kernels as well; operands that are held as two have to come through registers.
+    The next block's rows are copied to shared memory meanwhile, which takes registers off the kernels as
+    well. pipelined: also in float32, where the products with a gradient spill more for it and gain little.
     """
     narrow = dtype in (torch.float16, torch.bfloat16)
     block = max(16, min(32 if narrow and not second else 16, next_power_of_2(rows)))
     warps = 4 if dtype == torch.float64 else block // 16
-    return {"BLOCK": block, "num_warps": warps, "num_stages": 2 if narrow else 1}
+    return {
+        "BLOCK": block,
+        "num_warps": warps,
+        "num_stages": 2 if narrow or (pipelined and dtype == torch.float32) else 1,
+    }
 
 
 def query_gradient(
@@ -490,7 +494,7 @@ def derivative(
     found = torch.empty_like(evaluated.value)
     mean, balance = torch.empty_like(evaluated.sums), torch.empty_like(evaluated.sums)
     tangents = Tangents(a.contiguous(), b.contiguous(), c.contiguous(), mean, balance)
-    tiles = _tiles(given.dtype, queries, second=True)
+    tiles = _tiles(given.dtype, queries, second=True, pipelined=True)
     launch(
         _kernels().attention_jvp_kernel,
         (batch * heads * -(-queries // tiles["BLOCK"]),),

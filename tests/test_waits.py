@@ -129,7 +129,7 @@ def test_control_codes_are_read_from_the_encoding():
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;      /* 0x0000000402048981 */
                                                                          /* 0x002ea2000c1e1d00 */
         /*10000*/                  EXIT ;                                /* 0x000000000000794d */
-                                                                         /* 0x000fea0003800000 */
+                                                                         /* 0x030fea0003800000 */
     """
     first, load, end = parse(text)
     assert (first.address, first.name, first.operands, first.predicate) == (0, "LDC", "R1, c[0x0][0x28]", "")
@@ -137,6 +137,7 @@ def test_control_codes_are_read_from_the_encoding():
     assert (load.predicate, load.kind, load.name) == ("@!P0", "LDG", "LDG.E.128")
     assert (load.waits, load.read, load.write, load.stall) == (0b10, None, 2, 1)
     assert (end.address, end.name, end.operands, end.stall) == (0x10000, "EXIT", "", 5)
+    assert end.waits == 0b110000
     assert "000010:-:2:01  @!P0 LDG.E.128 R4" in listing([load])
 
 

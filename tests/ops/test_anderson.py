@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_deq.kernels.mixing import load_gram, mix, weights_of
+from triton_deq.kernels.mixing import load_gram, load_triangles, mix, weights_of, weights_of_few
 
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
@@ -38,15 +38,18 @@ def test_both_kernels_match_the_reference(dtype, shape, device):
 
 
 @kernels
-@pytest.mark.parametrize(("history", "programs", "parts"), [(3, 1, 1), (9, 1, 1), (3, 6, 3)])
-def test_programs_of_several_blocks(history, programs, parts, device, monkeypatch):
-    """Of both halves of a step, and of the second alone, whose parts are not those of the first."""
+@pytest.mark.parametrize(
+    ("history", "programs", "parts", "processors", "own"),
+    [(3, 1, 1, 0, 1), (9, 1, 1, 0, 1), (3, 6, 3, 0, 1), (3, 1, 1, 9, 3)],
+)
+def test_programs_of_several_blocks(history, programs, parts, processors, own, device, monkeypatch):
+    """Of both halves of a step, and of one alone: the second's parts are not those of the first."""
     monkeypatch.setattr(op, "PROGRAMS", programs)
-    monkeypatch.setattr(op, "processors", lambda device: 0)
+    monkeypatch.setattr(op, "processors", lambda device: processors)
     case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
     x = case.randn(*case.shape)
     assert op.anderson_start(x, history, 0.0, 20, "triton").dots.shape[1] == parts
-    assert op._own_cut(x, history).parts == 1
+    assert op._own_cut(x, history).parts == own
     assert_within_bounds(check_anderson(case, history=history, steps=history + 2))
 
 
@@ -305,6 +308,40 @@ def test_the_kernels_weights_in_scalars_and_columns_and_matrices(
     )
     assert bool(mixed) == useful
     torch.testing.assert_close(weights.cpu(), expected[0], rtol=1e-8, atol=1e-12)
+
+
+@triton.jit
+def many_weights_kernel(
+    gram_ptr, sums_ptr, count_ptr, weights_ptr, B, slot, HISTORY: tl.constexpr, SAMPLES: tl.constexpr
+):
+    local = tl.arange(0, SAMPLES)
+    present = local < B
+    count = tl.load(count_ptr + local, mask=present, other=0)
+    triangles = load_triangles(gram_ptr + local * HISTORY * HISTORY, present, slot, count, HISTORY)
+    sums = ()
+    for j in tl.static_range(HISTORY):
+        sums += (tl.load(sums_ptr + local * HISTORY + j, mask=present, other=0),)
+    weights, _ = weights_of_few(triangles, sums, slot, count, HISTORY, 1e-3, True)
+    for j in tl.static_range(HISTORY):
+        tl.store(weights_ptr + local * HISTORY + j, weights[j], mask=present)
+
+
+@kernels
+def test_the_kernels_weights_of_many_samples_know_of_each_how_many_slots_it_has(device):
+    """What stands in the Gram matrix of slots that take no part counts for nothing, NaN or not."""
+    history, slot, counts = 4, 1, torch.tensor([4, 1, 3, 2, 4])
+    residuals = torch.randn(5, history, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = residuals @ residuals.mT
+    valid = (slot - torch.arange(history)) % history < counts[:, None]
+    expected, _ = anderson_weights(gram, valid, slot, 1e-3, True)
+    stored = torch.where(valid[:, :, None] & valid[:, None, :], gram, math.nan)
+    stored[2] = torch.where(stored[2].isnan(), 7.0, stored[2])
+    weights = torch.empty(5, history, dtype=torch.float64, device=device)
+    sums = gram[:, slot].contiguous()
+    many_weights_kernel[(1,)](
+        stored.to(device), sums.to(device), counts.to(device), weights, 5, slot, history, 8
+    )
+    torch.testing.assert_close(weights.cpu(), expected, rtol=1e-8, atol=1e-12)
 
 
 def test_a_history_that_began_anew_is_not_taken_for_a_whole_one():

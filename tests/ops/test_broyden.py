@@ -33,18 +33,21 @@ def test_both_kernels_match_the_reference(dtype, shape, device):
 
 
 @kernels
-@pytest.mark.parametrize(("memory", "programs", "parts"), [(3, 1, 1), (17, 1, 1), (3, 6, 3)])
-def test_programs_of_several_blocks(memory, programs, parts, device, monkeypatch):
-    """Of both halves of a step, and of the second alone, whose parts are not those of the first.
+@pytest.mark.parametrize(
+    ("memory", "programs", "parts", "processors", "own"),
+    [(3, 1, 1, 0, 1), (17, 1, 1, 0, 1), (3, 6, 3, 0, 1), (3, 1, 1, 9, 3)],
+)
+def test_programs_of_several_blocks(memory, programs, parts, processors, own, device, monkeypatch):
+    """Of both halves of a step, and of one alone: the second's parts are not those of the first.
 
     Few changes are mixed at once, many in turns.
     """
     monkeypatch.setattr(op, "partition", partial(partition, programs=programs))
-    monkeypatch.setattr(op, "processors", lambda device: 0)
+    monkeypatch.setattr(op, "processors", lambda device: processors)
     case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
     x = case.randn(*case.shape)
     assert op.broyden_start(x, memory, 0.0, 20, "triton").dots.shape[1] == parts
-    assert op._own_cut(x).parts == 1
+    assert op._own_cut(x).parts == own
     assert_within_bounds(check_broyden(case, memory=memory, steps=memory + 2))
 
 

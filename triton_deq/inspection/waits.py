@@ -91,7 +91,7 @@ def _stretch(code: Sequence[Instruction]) -> Stretch:
         arrived = clock + LATENCIES.get(each.kind, OTHERS)
         for board, when in ((each.read, clock + OPERANDS_READ), (each.write, arrived)):
             if board is not None and when > free[board]:
-                free[board], loading[board] = when, each.kind in ("LDG", "ATOMG") and board == each.write
+                free[board], loading[board] = when, each.kind in ("LDG", "ATOMG")
         clock += max(1, each.stall)
     count = Counter(each.kind for each in code)
     return Stretch(len(code), clock, memory, count["BAR"], count["SHFL"])

@@ -68,7 +68,7 @@ def renew(matrix, index, row, column, lanes, SIZE: tl.constexpr):
 
 @triton.jit
 def diagonal_of(matrix, lanes, SIZE: tl.constexpr):
-    """[P]"""
+    """The entries (i, i), `[P]`; beyond SIZE they are of no meaning."""
     if lanes.shape[0] <= WARP:
         diagonal = matrix[0]
         for j in tl.static_range(1, SIZE):

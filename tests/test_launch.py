@@ -193,3 +193,20 @@ def test_either_of_pytorchs_switches_for_tf32(switch, value, allowed):
         if switch == "allow_tf32":
             products.allow_tf32 = False
         products.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("shape", "programs", "cut"),
+    [
+        ((32, 16384), 4096, (8, 2048)),  # one wave: 396 programs on 132 multiprocessors
+        ((500, 16384), 4096, (1, 16384)),
+        ((32, 1 << 20), 4096, (64, 16384)),  # 16 blocks each
+        ((32, 1 << 20), 1024, (32, 32768)),
+        ((3, 100), 4096, (1, 128)),
+    ],
+    ids=str,
+)
+def test_one_wave_of_programs_or_programs_of_many_blocks(shape, programs, cut):
+    found = launches.in_few_waves(torch.empty(shape, device="meta"), 1024, 3, programs)
+    assert (found.parts, found.chunk) == cut
+    assert found.block == min(1024, cut[1])

@@ -45,7 +45,7 @@ def test_both_kernels_match_the_reference(dtype, shape, device):
 def test_programs_of_several_blocks(history, programs, parts, processors, own, device, monkeypatch):
     """Of both halves of a step, and of one alone: the second's parts are not those of the first."""
     monkeypatch.setattr(op, "PROGRAMS", programs)
-    monkeypatch.setattr(op, "processors", lambda device: processors)
+    monkeypatch.setattr("triton_deq.ops.launch.processors", lambda device: processors)
     case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
     x = case.randn(*case.shape)
     assert op.anderson_start(x, history, 0.0, 20, "triton").dots.shape[1] == parts

@@ -43,7 +43,7 @@ def test_programs_of_several_blocks(memory, programs, parts, processors, own, de
     Few changes are mixed at once, many in turns.
     """
     monkeypatch.setattr(op, "partition", partial(partition, programs=programs))
-    monkeypatch.setattr(op, "processors", lambda device: processors)
+    monkeypatch.setattr("triton_deq.ops.launch.processors", lambda device: processors)
     case = Case(torch.float32, (2, 2500), torch.device(device), seed=3)
     x = case.randn(*case.shape)
     assert op.broyden_start(x, memory, 0.0, 20, "triton").dots.shape[1] == parts

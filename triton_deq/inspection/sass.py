@@ -46,7 +46,7 @@ _LINE = re.compile(
     r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@\S+)?\s*(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)\s*;"
     r"\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x(?P<control>[0-9a-f]{16}) \*/"
 )
-_SCOREBOARDS = 6
+SCOREBOARDS = 6
 
 
 def disassemble(cubin: bytes) -> list[Instruction]:
@@ -84,9 +84,9 @@ def _control(word: int) -> tuple[int, int | None, int | None, int]:
     """waits, read, write and stall from the upper half of an encoding; 7 stands for no scoreboard."""
     read, write = (word >> 49 & 7, word >> 46 & 7)
     return (
-        word >> 52 & (1 << _SCOREBOARDS) - 1,
-        read if read < _SCOREBOARDS else None,
-        write if write < _SCOREBOARDS else None,
+        word >> 52 & (1 << SCOREBOARDS) - 1,
+        read if read < SCOREBOARDS else None,
+        write if write < SCOREBOARDS else None,
         word >> 41 & 15,
     )
 

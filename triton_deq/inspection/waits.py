@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .sass import Instruction
+from .sass import SCOREBOARDS, Instruction
 
 LATENCIES = {
     "LDG": 700,
@@ -79,9 +79,9 @@ def _loops(code: Sequence[Instruction]) -> Iterator[tuple[int, int]]:
 
 def _stretch(code: Sequence[Instruction]) -> Stretch:
     clock = memory = 0
-    free, loading = [0] * 6, [False] * 6
+    free, loading = [0] * SCOREBOARDS, [False] * SCOREBOARDS
     for each in code:
-        awaited = [board for board in range(6) if each.waits >> board & 1]
+        awaited = [board for board in range(SCOREBOARDS) if each.waits >> board & 1]
         last = max(awaited, key=free.__getitem__, default=0)
         if awaited and free[last] > clock:
             memory += loading[last] and free[last] - clock > LATENCIES["LDG"] // 4

@@ -26,7 +26,6 @@ from .launch import (
     launch_at,
     next_power_of_2,
     partition,
-    processors,
     wide_dtype,
 )
 
@@ -226,7 +225,8 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
             MIXING=mixing,
             LANDED=_landed(state, fx, step),
             **_constants(state, cut.block),
-            # ptxas would take some more, and a multiprocessor hold three programs instead of four.
+            # Of six slots ptxas would take a few more, and a multiprocessor hold three programs instead of
+            # four. Fewer slots take less by themselves, and of seven some would be spilled.
             **(at_most(128) if state.history == 6 and state.x.dtype == torch.float32 else {}),
         )
 
@@ -315,9 +315,7 @@ def _cut(x: Tensor, history: int) -> Partition:
 
 def _own_cut(x: Tensor, history: int) -> Partition:
     """Of a sample into the parts that the second half mixes, which need not be those."""
-    batch, entries = x.shape
-    most = _most(x, history, WARPS)
-    return in_few_waves(batch, entries, most, RESIDENT, processors(x.device), PROGRAMS)
+    return in_few_waves(x, _most(x, history, WARPS), RESIDENT, PROGRAMS)
 
 
 def _constants(state: AndersonState, block: int) -> dict[str, Any]:

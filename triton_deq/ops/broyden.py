@@ -25,7 +25,6 @@ from .launch import (
     launch_at,
     next_power_of_2,
     partition,
-    processors,
     wide_dtype,
 )
 
@@ -224,8 +223,7 @@ def _cut(x: Tensor) -> Partition:
 
 def _own_cut(x: Tensor) -> Partition:
     """Of a sample into the parts that the second half mixes, which need not be those."""
-    batch, entries = x.shape
-    return in_few_waves(batch, entries, _most(x), RESIDENT, processors(x.device))
+    return in_few_waves(x, _most(x), RESIDENT)
 
 
 def _most(x: Tensor) -> int:

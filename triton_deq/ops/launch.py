@@ -214,17 +214,15 @@ class Partition:
     block: int
 
 
-@lru_cache(maxsize=1024)
-def in_few_waves(
-    batch: int, entries: int, most: int, resident: int, processors: int, programs: int = PROGRAMS
-) -> Partition:
-    """Cut rows as `partition` does, but no finer than is of use where each program begins with a long wait.
+def in_few_waves(x: Tensor, most: int, resident: int, programs: int = PROGRAMS) -> Partition:
+    """Cut rows x as `partition` does, but no finer than is of use where each program begins with a long wait.
 
     One wave of programs, `resident` on each multiprocessor, does that once for all; a large state is shared
     out further, until a program has so few blocks left that its beginning would count.
     """
+    batch, entries = x.shape
     blocks = batch * -(-entries // most)
-    wave = resident * processors
+    wave = resident * processors(x.device)
     return partition(batch, entries, most, max(wave, min(programs, blocks // WORTHWHILE_BLOCKS)))
 
 

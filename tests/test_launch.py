@@ -1,6 +1,7 @@
 """Launches past Triton's own way to a compiled kernel, and what kernels touch."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,9 +97,30 @@ def test_the_interpreter_patches_the_language_once_a_launch(monkeypatch):
     found = step()
     assert len(patched) == len(set(patched)) > 1  # the kernel's module and others
     assert tl.load is load
-    monkeypatch.setattr(launches, "patched_once", nullcontext)
+    monkeypatch.setattr(launches, "spared", nullcontext)
     assert torch.equal(step(), found)
     assert len(patched) > len(set(patched))
+
+
+@interpreted
+@pytest.mark.kernels
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_interpreter_seeks_overflows_only_where_it_tells_of_them(debug, monkeypatch):
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    sought = []
+
+    def counted(semantic, *args):
+        sought.append(semantic.builder.options.sanitize_overflow)
+
+    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", counted)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", replace(builder.options, debug=debug))
+    state = anderson_start(torch.arange(10.0).view(2, 5), 2, 1e-6, 3, "triton")
+    anderson_residual(state, torch.cos(state.x), 0, 1.0, "triton")
+    assert set(sought) == {debug}
+    assert builder.options.sanitize_overflow
 
 
 @interpreted
@@ -110,10 +132,11 @@ def test_a_launch_that_fails_leaves_the_interpreter_as_it_was():
         def __getitem__(self, grid):
             raise RuntimeError("no such grid")
 
-    patch = interpreter._patch_lang
+    patch, options = interpreter._patch_lang, interpreter.interpreter_builder.options
     with pytest.raises(RuntimeError, match="no such grid"):
         launches.launch(Failing(), (1,), torch.zeros(1))
     assert interpreter._patch_lang is patch
+    assert interpreter.interpreter_builder.options is options
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from ..backend import transformed
-from .interpreted import patched_once
+from .interpreted import spared
 
 PROGRAMS = 2048
 """Enough programs to fill a large GPU several times; more would only repeat each sample's small solve."""
@@ -128,7 +128,7 @@ def launch_anew(
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    with patched_once():
+    with spared():
         kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 

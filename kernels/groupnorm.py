@@ -13,14 +13,15 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_at(
-    start, group, P: tl.constexpr, C: tl.constexpr, CG: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Offsets within a sample of a tile of its group, and which of them there are."""
-    pixels = start + tl.arange(0, ROWS)
-    lanes = tl.arange(0, BLOCK)
-    inside = (pixels < P)[:, None] & (lanes < CG)[None, :]
-    return pixels[:, None] * C + (group * CG + lanes)[None, :], inside
+def tile_at(start, group, TILE: tl.constexpr):
+    """Offsets within a sample of a tile of its group, and which of them there are.
+
+    TILE: (pixels, channels, channels of a group, ROWS, BLOCK), as everywhere here
+    """
+    pixels = start + tl.arange(0, TILE[3])
+    lanes = tl.arange(0, TILE[4])
+    inside = (pixels < TILE[0])[:, None] & (lanes < TILE[2])[None, :]
+    return pixels[:, None] * TILE[1] + (group * TILE[2] + lanes)[None, :], inside
 
 
 @triton.jit
@@ -40,22 +41,10 @@ def load_if(GIVEN: tl.constexpr, ptr, offsets, inside):
 
 
 @triton.jit
-def load_tile(
-    x_ptr,
-    shift_ptr,
-    start,
-    group,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    CG: tl.constexpr,
-    SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    APART: tl.constexpr,
-):
+def load_tile(x_ptr, shift_ptr, start, group, TILE: tl.constexpr, SHIFT: tl.constexpr, APART: tl.constexpr):
     """The tiles of x and of the shift u, as they are stored."""
-    offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-    pixels = start + tl.arange(0, ROWS)
+    offsets, inside = tile_at(start, group, TILE)
+    pixels = start + tl.arange(0, TILE[3])
     x = tl.load(x_ptr + offsets + pixels[:, None] * APART, mask=inside, other=0)
     return x, load_if(SHIFT, shift_ptr, offsets, inside)
 
@@ -96,30 +85,18 @@ def passed(vector_ptr, value_ptr, offsets, inside, RELU: tl.constexpr, WIDE: tl.
 
 @triton.jit
 def pulled(
-    vector_ptr,
-    value_ptr,
-    x_ptr,
-    shift_ptr,
-    scale,
-    mean,
-    inverse,
-    start,
-    group,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    CG: tl.constexpr,
-    MASK: tl.constexpr,
-    SHIFT: tl.constexpr,
-    RELU: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A tile of v, which is the vector where the relu let the value through and 0 outside, and one of n."""
-    offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
-    x, shift = load_tile(x_ptr, shift_ptr, start, group, P, C, CG, SHIFT, ROWS, BLOCK, 0)
-    v = passed(vector_ptr, value_ptr, offsets, inside, RELU, WIDE)
-    return v, (summed(x, scale, shift, MASK, SHIFT, WIDE) - mean) * inverse
+    maps, scale, mean, inverse, start, group,
+    TILE: tl.constexpr, MASK: tl.constexpr, SHIFT: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """A tile of v, which is the vector where the relu let the value through and 0 outside, and one of n.
+
+    maps: where the sample's vector, value, x and shift begin
+    """
+    vector_ptr, value_ptr, x_ptr, shift_ptr = maps
+    offsets, inside = tile_at(start, group, TILE)
+    x, shift = load_tile(x_ptr, shift_ptr, start, group, TILE, SHIFT, 0)
+    v = passed(vector_ptr, value_ptr, offsets, inside, RELU, mean.dtype)
+    return v, (summed(x, scale, shift, MASK, SHIFT, mean.dtype) - mean) * inverse
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -185,6 +162,7 @@ def normalise(
     """
     CG: tl.constexpr = C // G
     N: tl.constexpr = P * CG
+    TILE: tl.constexpr = (P, C, CG, ROWS, BLOCK)
     sample = (program // G).to(tl.int64)
     group = program % G
     x_ptr += sample * x_stride
@@ -203,17 +181,17 @@ def normalise(
 
     means = tl.zeros([ROWS, BLOCK], dtype=WIDE)
     squares = tl.zeros([ROWS, BLOCK], dtype=WIDE)
-    x, shift = load_tile(x_ptr, shift_ptr, 0, group, P, C, CG, SHIFT, ROWS, BLOCK, APART)
+    x, shift = load_tile(x_ptr, shift_ptr, 0, group, TILE, SHIFT, APART)
     if P <= ROWS:
-        offsets, inside = tile_at(0, group, P, C, CG, ROWS, BLOCK)
+        offsets, inside = tile_at(0, group, TILE)
         residual = load_if(RESIDUAL, residual_ptr, offsets, inside)
         means = summed(x, scale, shift, MASK, SHIFT, WIDE)
     else:
         for start in range(0, P, ROWS):
-            _, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+            _, inside = tile_at(start, group, TILE)
             s = summed(x, scale, shift, MASK, SHIFT, WIDE)
             # The next tile is on its way meanwhile; after the last one there is nothing to read.
-            x, shift = load_tile(x_ptr, shift_ptr, start + ROWS, group, P, C, CG, SHIFT, ROWS, BLOCK, APART)
+            x, shift = load_tile(x_ptr, shift_ptr, start + ROWS, group, TILE, SHIFT, APART)
             # A place that is inside was so in all tiles before, so as many entries have come to it as tiles.
             distance = tl.where(inside, s - means, 0)
             means += distance * (tl.full((), 1, WIDE) / (start // ROWS + 1))
@@ -229,10 +207,10 @@ def normalise(
 
     normal = apart * inverse
     for start in range(0, P, ROWS):
-        offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+        offsets, inside = tile_at(start, group, TILE)
         if P > ROWS:  # a single tile is at hand
             residual = load_if(RESIDUAL, residual_ptr, offsets, inside)
-            x, shift = load_tile(x_ptr, shift_ptr, start, group, P, C, CG, SHIFT, ROWS, BLOCK, APART)
+            x, shift = load_tile(x_ptr, shift_ptr, start, group, TILE, SHIFT, APART)
             normal = (summed(x, scale, shift, MASK, SHIFT, WIDE) - mean) * inverse
         value = finished(normal, gain, offset, residual, GAIN, RESIDUAL, RELU)
         tl.store(out_ptr + offsets, value, mask=inside)
@@ -293,12 +271,14 @@ def pull(
     """
     CG: tl.constexpr = C // G
     N: tl.constexpr = P * CG
+    TILE: tl.constexpr = (P, C, CG, ROWS, BLOCK)
     sample = (program // G).to(tl.int64)
     group = program % G
     vector_ptr += sample * vector_stride
     value_ptr += sample * value_stride
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride
+    maps = (vector_ptr, value_ptr, x_ptr, shift_ptr)
     mean = tl.load(mean_ptr + sample * G + group)
     inverse = tl.load(inverse_ptr + sample * G + group)
     scale = tl.zeros([BLOCK], dtype=WIDE)
@@ -308,49 +288,11 @@ def pull(
     if GAIN:
         gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)
 
-    v, n = pulled(
-        vector_ptr,
-        value_ptr,
-        x_ptr,
-        shift_ptr,
-        scale,
-        mean,
-        inverse,
-        0,
-        group,
-        P,
-        C,
-        CG,
-        MASK,
-        SHIFT,
-        RELU,
-        WIDE,
-        ROWS,
-        BLOCK,
-    )
+    v, n = pulled(maps, scale, mean, inverse, 0, group, TILE, MASK, SHIFT, RELU)
     of_v = v
     of_vn = v * n
     for start in range(ROWS, P, ROWS):
-        v, n = pulled(
-            vector_ptr,
-            value_ptr,
-            x_ptr,
-            shift_ptr,
-            scale,
-            mean,
-            inverse,
-            start,
-            group,
-            P,
-            C,
-            CG,
-            MASK,
-            SHIFT,
-            RELU,
-            WIDE,
-            ROWS,
-            BLOCK,
-        )
+        v, n = pulled(maps, scale, mean, inverse, start, group, TILE, MASK, SHIFT, RELU)
         of_v += v
         of_vn += v * n
     sum_v, sum_vn = tl.sum(of_v, axis=0), tl.sum(of_vn, axis=0)
@@ -363,28 +305,9 @@ def pull(
     d = tl.sum(gain * sum_vn) / N
 
     for start in range(0, P, ROWS):
-        offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+        offsets, inside = tile_at(start, group, TILE)
         if P > ROWS:  # a single tile is at hand
-            v, n = pulled(
-                vector_ptr,
-                value_ptr,
-                x_ptr,
-                shift_ptr,
-                scale,
-                mean,
-                inverse,
-                start,
-                group,
-                P,
-                C,
-                CG,
-                MASK,
-                SHIFT,
-                RELU,
-                WIDE,
-                ROWS,
-                BLOCK,
-            )
+            v, n = pulled(maps, scale, mean, inverse, start, group, TILE, MASK, SHIFT, RELU)
         of_sum = inverse * (gain[None, :] * v - c - n * d)
         out = sample * (P * C) + offsets
         if OTHER:
@@ -443,6 +366,7 @@ def groupnorm_second_kernel(
     """
     CG: tl.constexpr = C // G
     N: tl.constexpr = P * CG
+    TILE: tl.constexpr = (P, C, CG, ROWS, BLOCK)
     sample = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
     along_ptr += sample * along_stride
@@ -451,6 +375,7 @@ def groupnorm_second_kernel(
     value_ptr += sample * value_stride
     x_ptr += sample * x_stride
     shift_ptr += sample * shift_stride
+    maps = (vector_ptr, value_ptr, x_ptr, shift_ptr)
     mean = tl.load(mean_ptr + sample * G + group)
     inverse = tl.load(inverse_ptr + sample * G + group)
     scale = tl.zeros([BLOCK], dtype=WIDE) + 1
@@ -460,52 +385,14 @@ def groupnorm_second_kernel(
     if GAIN:
         gain = of_channels(gain_ptr, group, CG, BLOCK, WIDE)
 
-    offsets, inside = tile_at(0, group, P, C, CG, ROWS, BLOCK)
+    offsets, inside = tile_at(0, group, TILE)
     w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
-    v, n = pulled(
-        vector_ptr,
-        value_ptr,
-        x_ptr,
-        shift_ptr,
-        scale,
-        mean,
-        inverse,
-        0,
-        group,
-        P,
-        C,
-        CG,
-        MASK,
-        SHIFT,
-        RELU,
-        WIDE,
-        ROWS,
-        BLOCK,
-    )
+    v, n = pulled(maps, scale, mean, inverse, 0, group, TILE, MASK, SHIFT, RELU)
     of_w, of_wn, of_v, of_vn, of_wv = w, w * n, v, v * n, w * v
     for start in range(ROWS, P, ROWS):
-        offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+        offsets, inside = tile_at(start, group, TILE)
         w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
-        v, n = pulled(
-            vector_ptr,
-            value_ptr,
-            x_ptr,
-            shift_ptr,
-            scale,
-            mean,
-            inverse,
-            start,
-            group,
-            P,
-            C,
-            CG,
-            MASK,
-            SHIFT,
-            RELU,
-            WIDE,
-            ROWS,
-            BLOCK,
-        )
+        v, n = pulled(maps, scale, mean, inverse, start, group, TILE, MASK, SHIFT, RELU)
         of_w += w
         of_wn += w * n
         of_v += v
@@ -522,29 +409,10 @@ def groupnorm_second_kernel(
     q = tl.sum(gain * along_v) / N
 
     for start in range(0, P, ROWS):
-        offsets, inside = tile_at(start, group, P, C, CG, ROWS, BLOCK)
+        offsets, inside = tile_at(start, group, TILE)
         if P > ROWS:  # a single tile is at hand
             w = tl.load(along_ptr + offsets, mask=inside, other=0).to(WIDE) * scale[None, :]
-            v, n = pulled(
-                vector_ptr,
-                value_ptr,
-                x_ptr,
-                shift_ptr,
-                scale,
-                mean,
-                inverse,
-                start,
-                group,
-                P,
-                C,
-                CG,
-                MASK,
-                SHIFT,
-                RELU,
-                WIDE,
-                ROWS,
-                BLOCK,
-            )
+            v, n = pulled(maps, scale, mean, inverse, start, group, TILE, MASK, SHIFT, RELU)
         along_w = inverse * (w - a - n * b)
         along_g = inverse * (gain[None, :] * v - c - n * d)
         of_sum = -inverse * (d * along_w + b * along_g + q * n)

@@ -713,6 +713,20 @@ def test_contiguous_accesses_are_known_by_their_lines():
     assert lines_of(kernel, ("y_ptr",)) == {("load", file, first + 2), ("store", file, first + 3)}
 
 
+def test_lines_of_a_pointer_that_was_in_a_tuple():
+    def kernel(x_ptr, y_ptr, z_ptr, tl):
+        both = (x_ptr, y_ptr)
+        first, second = both
+        tl.load(first)
+        product = y_ptr * 2
+        tl.load(product)
+        tl.store(z_ptr, second)
+
+    line = kernel.__code__.co_firstlineno
+    for pointer in ("x_ptr", "y_ptr"):  # which of both it was is not looked at
+        assert lines_of(kernel, (pointer,)) == {("load", Path(__file__).name, line + 3)}
+
+
 def test_lines_of_a_pointer_handed_to_a_device_function():
     """As `triton.jit` leaves it: an object that holds the Python function."""
     from triton_deq.kernels.anderson import anderson_step_kernel, take_in

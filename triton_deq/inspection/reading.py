@@ -172,27 +172,37 @@ def code_size(binary: bytes) -> int:
 def lines_of(function: Callable[..., Any], pointers: tuple[str, ...]) -> set[tuple[str, str, int]]:
     """("load" or "store", file, line) where `function` accesses one of these pointers with `tl`.
 
-    Device functions that it hands one of them to are read too; what is unpacked in a call has there the name
-    that it is looked for by.
+    Device functions that it hands one of them to are read too, by itself or in a tuple; what is unpacked in a
+    call has there the name that it is looked for by.
     """
     lines, first = inspect.getsourcelines(function)
     tree = ast.parse(textwrap.dedent("".join(lines)))
     file = Path(function.__code__.co_filename).name
+    known = _with_other_names(tree, pointers)
     found = {
         (kind, file, call.lineno + first - 1)
         for kind, call in _memory_calls(tree)
-        if _names(call.args[0]) & set(pointers)
+        if _names(call.args[0]) & known
     }
     for called, call in _device_calls(tree, function.__globals__):
         names = inspect.getfullargspec(called).args
-        handed = [
-            name for name, given in zip(names, call.args, strict=False) if _names(given) & set(pointers)
-        ]
+        handed = [name for name, given in zip(names, call.args, strict=False) if _names(given) & known]
         if any(isinstance(given, ast.Starred) for given in call.args):
             handed = [name for name in names if name in pointers]
         if handed:
             found |= lines_of(called, tuple(handed))
     return found
+
+
+def _with_other_names(tree: ast.AST, pointers: tuple[str, ...]) -> set[str]:
+    """The pointers, the tuples that they are put in, and what is taken out of those."""
+    known = set(pointers)
+    assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    for node in sorted(assignments, key=lambda node: node.lineno):
+        (target, *_), value = node.targets, node.value
+        if ast.Tuple in (type(target), type(value)) and isinstance(value, ast.Name | ast.Tuple):
+            known |= _names(target) if _names(value) & known else set()
+    return known
 
 
 def _device_calls(tree: ast.AST, known: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], ast.Call]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as backends
+from .arnoldi import dominant_pair, normalise
 from .checks import (
     check_choice,
     check_count,
@@ -280,7 +281,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
         closed = closed_vjp(f)
         value, pullback = vjp(f, z) if closed is None else closed(z)
         check_value(value, z, same_dtype=False)
-        return _spectral_pair(pullback, value, z, steps)[0]
+        return dominant_pair(pullback, value, z, steps)[0]
 
 
 def spectral_pair_of(value: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -311,96 +312,8 @@ def spectral_pair_of(value: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tens
         def pullback(vector: Tensor) -> Tensor:
             return check_reached(_engine_product(value, z, vector, create_graph=False))
 
-        radius, rows = _spectral_pair(pullback, value, z, steps)
-        return radius, _normalise(rows)[0].view(z.shape).to(z.dtype)
-
-
-def _spectral_pair(pullback: Function, value: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The radius `[B]` and the sum of the Ritz vectors `[B, N]` that belong to it."""
-    batch, entries = z.shape[0], z[:1].numel()
-    wide = accumulate_dtype(z.dtype)
-
-    def transposed(rows: Tensor) -> Tensor:
-        return pullback(rows.to(value.dtype).view(z.shape)).reshape(batch, entries).to(wide)
-
-    # A fixed start, so that the same question has the same answer.
-    generator = torch.Generator(z.device).manual_seed(0)
-    start = torch.randn(batch, entries, generator=generator, dtype=wide, device=z.device)
-    size = min(entries, 20)
-    tolerance = torch.finfo(wide).eps ** 0.5
-    radius = z.new_zeros(batch, dtype=wide)
-    for first in range(0, steps, size):
-        if first > 0 and steps - first < size / 2:  # of a small space: what is known is better
-            break
-        basis, projection, left = _arnoldi(transposed, start, min(size, steps - first))
-        radius, coefficients, beside = _largest(projection)
-        start = (coefficients[:, None] @ basis)[:, 0]
-        if (left * beside <= tolerance * radius).all():
-            break
-    return radius, start
-
-
-def _arnoldi(product: Function, start: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal Krylov basis `[B, size, N]` of each row, the projection on it, and what is left over.
-
-    The projection is `[B, size, size]`; what of the last product is outside of the basis has a length, `[B]`.
-    Where the space is exhausted the rest of the basis is zero, which adds only zero eigenvalues.
-    """
-    batch, entries = start.shape
-    basis = start.new_zeros(batch, size, entries)
-    projection = start.new_zeros(batch, size + 1, size)
-    basis[:, 0] = _normalise(start)[0]
-    for k in range(size):
-        vector = product(basis[:, k].contiguous())
-        before = torch.linalg.vector_norm(vector, dim=1)
-        vector, overlap = _beside(vector, basis[:, : k + 1])
-        # Where little of a vector is left, rounding has its part in that. A GPU does not wait to see.
-        if vector.is_cuda or (torch.linalg.vector_norm(vector, dim=1) < 0.7 * before).any():
-            vector, more = _beside(vector, basis[:, : k + 1])
-            overlap = overlap + more
-        projection[:, : k + 1, k] = overlap
-        floor = 10 * torch.finfo(vector.dtype).eps * before
-        vector, projection[:, k + 1, k] = _normalise(vector, floor)
-        if k + 1 < size:
-            basis[:, k + 1] = vector
-    return basis, projection[:, :-1], projection[:, -1, -1]
-
-
-def _largest(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ρ of matrices H `[B, k, k]`, a unit v `[B, k]` that belongs to it, and `max(|v_k|, |(H v)_k| / ρ)`.
-
-    `ρ = lim ‖Hⁿ‖^(1/n)` (Gelfand), by squaring: at n = 2^24 what stands before ρⁿ is of no account. So all
-    matrices are multiplied at once, where a library takes the eigenvalues of one after another; and v, a
-    column of the last power, lies in the plane that belongs to a complex pair.
-    """
-    power = matrices.double()
-    logarithm = torch.zeros_like(power[:, :1, :1])
-    for doubling in range(24):
-        norm = torch.linalg.matrix_norm(power, keepdim=True)
-        logarithm = logarithm + norm.log() / 2**doubling
-        power = power / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        power = power @ power
-    radius = logarithm.exp()[:, 0, 0]
-    longest = torch.linalg.vector_norm(power, dim=1).argmax(dim=1)
-    vector = _normalise(power.gather(2, longest[:, None, None].expand(-1, power.shape[1], 1))[..., 0])[0]
-    last = (matrices[:, -1].double() * vector).sum(1) / radius.clamp_min(torch.finfo(radius.dtype).tiny)
-    beside = torch.maximum(vector[:, -1].abs(), last.abs())
-    dtype = matrices.dtype
-    return radius.to(dtype), vector.to(dtype), beside.to(dtype)
-
-
-def _beside(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of each row `[B, N]` orthogonal to a basis `[B, k, N]`, and the overlaps `[B, k]`."""
-    overlap = (vector[:, None] @ basis.mT)[:, 0]
-    return torch.baddbmm(vector[:, None], overlap[:, None], basis, alpha=-1)[:, 0], overlap
-
-
-def _normalise(rows: Tensor, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Rows of length 1 and their lengths; a row no longer than `floor` becomes zero."""
-    norm = torch.linalg.vector_norm(rows, dim=1)
-    kept = norm > floor
-    scale = torch.where(kept, 1 / torch.where(kept, norm, 1), 0)
-    return rows * scale[:, None], torch.where(kept, norm, 0)
+        radius, rows = dominant_pair(pullback, value, z, steps)
+        return radius, normalise(rows)[0].view(z.shape).to(z.dtype)
 
 
 def _number(value: float) -> Tensor:

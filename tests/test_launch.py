@@ -6,14 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.memcheck import checked
 from triton_deq.backend import interpreting
 from triton_deq.ops import launch as launches
 from triton_deq.ops.anderson import anderson_residual, anderson_start
-from triton_deq.verification import Case
-from triton_deq.verification.attention import check_attention
-from triton_deq.verification.groupnorm import check_groupnorm
-from triton_deq.verification.solvers import check_anderson
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="compute-sanitizer does it on a GPU")
 
@@ -168,32 +163,6 @@ def test_another_kernel_is_not_this_one(monkeypatch):
     for kernel in kernels:
         run(kernel, x)
     assert [len(kernel.compiled) for kernel in kernels] == [1, 1]
-
-
-@interpreted
-@pytest.mark.kernels
-@pytest.mark.parametrize(
-    ("check", "shape"), [(check_anderson, (2, 37)), (check_groupnorm, (2, 37)), (check_attention, (1, 5))]
-)
-def test_kernels_touch_what_they_were_given(check, shape):
-    with checked():
-        assert all(row.passed for row in check(Case(torch.float32, shape, torch.device("cpu"), 1)))
-
-
-@interpreted
-@pytest.mark.kernels
-@pytest.mark.parametrize(("count", "what"), [(5, "reads"), (4, "writes")])
-def test_an_address_behind_a_tensor_is_noticed(count, what):
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def copy_kernel(source_ptr, target_ptr, count, BLOCK: tl.constexpr):
-        lanes = tl.arange(0, BLOCK)
-        tl.store(target_ptr + lanes, tl.load(source_ptr + lanes, mask=lanes < count), mask=lanes < count)
-
-    with checked(), pytest.raises(Exception, match=f"copy_kernel {what} 0 bytes behind a tensor"):
-        copy_kernel[(1,)](torch.zeros(4), torch.zeros(3), count, BLOCK=8)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         "BLOCK": rows.block,
         "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
     }
-    fp64, warps = Pointer("fp64"), {}
+    fp64, warps = Pointer("fp64"), 4
     if part == "residual":
         states = ("fx_ptr", "x_ptr", "moves_ptr", "changes_ptr")
         small = {"dots_ptr": fp64, "record_ptr": fp64, "before_ptr": fp64}
@@ -50,7 +50,7 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         small["active_ptr"] = Pointer("i32")
         sizes = {**sizes_of(in_few_waves(rows, resident=2)), **ticks_of(slots, slots)}
         sizes |= {"slot": 0, "newest": memory, "last": 0}
-        warps = {"num_warps": 8 if slots > 31 else 4}
+        warps = 8 if slots > 31 else 4
         constants |= {"PARTS": 1 << (rows.parts - 1).bit_length(), "RELATIVE": True, "OVER_BATCH": False}
     return Entry(
         op="broyden",
@@ -61,7 +61,7 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         contiguous=states,
         traffic=_broyden_residual_traffic if part == "residual" else _broyden_advance_traffic,
         work=_broyden_residual_work if part == "residual" else _broyden_advance_work,
-        options={"enable_fp_fusion": True, **warps},
+        options={"enable_fp_fusion": True, "num_warps": warps},
         budget=budget_of(dtype, rows),
     )
 

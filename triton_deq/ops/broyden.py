@@ -197,21 +197,27 @@ def broyden_advance(
             PARTS=next_power_of_2(cut.parts),
             RELATIVE=relative,
             OVER_BATCH=over_batch,
-            num_warps=8 if state.slots > 31 else 4,  # which hold M, 64 × 64 in float64 then
-            **_constants(state),
+            **_constants(state, 8 if state.slots > 31 else None),  # which hold M, 64 × 64 in float64 then
         )
 
     launch_at(("advance", tick), (last, relative, over_batch), state.launched, make)
     return state.active[tick]
 
 
-def _constants(state: BroydenState) -> dict[str, Any]:
-    """The compile-time constants that both kernels share."""
+def _constants(state: BroydenState, warps: int | None = None) -> dict[str, Any]:
+    """The compile-time constants that both kernels share, and the warps.
+
+    A block has an entry at least for each thread: of one that two warps hold, one could store it anew before
+    the other has loaded it.
+    """
+    block = _cut(state.x).block
+    warps = warps or max(1, min(4, block // 32))
     return {
         "SLOTS": state.slots,
         "LANES": state.dots.shape[-1],
-        "BLOCK": _cut(state.x).block,
+        "BLOCK": max(block, 32 * warps),
         "WIDE": wide_dtype(state.x.dtype),
+        "num_warps": warps,
     }
 
 

@@ -10,6 +10,7 @@ entries than there are threads is held by several of them, of which one stores a
 """
 
 import linecache
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import numpy as np
 from triton_deq import kernels
 from triton_deq.ops.launch import tensors_of
 
-KERNELS = str(Path(kernels.__file__).resolve().parent)
+KERNELS = str(Path(kernels.__file__).parent)
 EITHER_WAY = (
     ("primitives.py", "LIMIT"),
     ("primitives.py", "STEPS"),
@@ -65,6 +66,7 @@ class Shadow:
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.name, self.threads = name, threads
         self.program, self.phase, self.sites = -1, 0, [""]
+        self.tiles: dict[tuple[int, ...], int] = {}
         # Who wrote and who read, then of the last store and load: the phase, the lane, the tile, the place.
         self.writer, self.reader = (np.full(self.offsets[-1], -1) for _ in range(2))
         self.stored, self.loaded = (np.full((4, self.offsets[-1]), -1) for _ in range(2))
@@ -74,8 +76,8 @@ class Shadow:
         self.program += 1
         self.phase += 1
 
-    def accessed(self, pointers: Any, mask: Any, what: str) -> tuple[Any, Any, int]:
-        """(where in the shadow, lanes, how many the tile has) of an access, all within the tensors."""
+    def accessed(self, pointers: Any, mask: Any, what: str) -> tuple[Any, Any, tuple[int, ...]]:
+        """(where in the shadow, lanes, shape of the tile) of an access, all within the tensors."""
         present = np.broadcast_to(mask.data, pointers.data.shape).reshape(-1)
         at = pointers.data.reshape(-1)[present].astype(np.uint64)
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
@@ -85,9 +87,9 @@ class Shadow:
             beyond = int(at[bad][0]) - int(self.ends[max(int(place[bad][0]), 0)])
             raise OutOfBounds(f"{self.name} {what} {beyond} bytes behind a tensor, {bad.sum()} lanes in all")
         index = self.offsets[place] + (at - self.begins[place]).astype(np.int64)
-        return index, np.flatnonzero(present), present.size
+        return index, np.flatnonzero(present), pointers.data.shape
 
-    def load(self, index: Any, lanes: Any, tile: int) -> None:
+    def load(self, index: Any, lanes: Any, tile: tuple[int, ...]) -> None:
         writer = self.writer[index]
         self.refuse("another program writes", (writer != -1) & (writer != self.program), self.stored, index)
         unwritten = self.elsewhere(self.stored, index, lanes, tile)
@@ -97,7 +99,7 @@ class Shadow:
         again = (self.loaded[0, index] == self.phase) & (self.loaded[1, index] != lanes)
         self.note(self.loaded, index, np.where(again, -1, lanes), tile)
 
-    def store(self, index: Any, lanes: Any, tile: int, bits: Any) -> None:
+    def store(self, index: Any, lanes: Any, tile: tuple[int, ...], bits: Any) -> None:
         for who, log in ((self.writer[index], self.stored), (self.reader[index], self.loaded)):
             self.refuse("another program touches", (who != -1) & (who != self.program), log, index)
         unread = self.elsewhere(self.loaded, index, lanes, tile)
@@ -107,21 +109,22 @@ class Shadow:
         self.writer[index], self.bits[index] = self.program, bits
         self.note(self.stored, index, lanes, tile)
 
-    def atomic(self, index: Any, lanes: Any, tile: int) -> None:
+    def atomic(self, index: Any, lanes: Any, tile: tuple[int, ...]) -> None:
         for who, log in ((self.writer[index], self.stored), (self.reader[index], self.loaded)):
             self.refuse("another program touches", (who != -1) & (who != ATOMIC), log, index)
         self.writer[index] = ATOMIC
         self.note(self.stored, index, lanes, tile)
 
-    def elsewhere(self, log: Any, index: Any, lanes: Any, tile: int) -> Any:
+    def elsewhere(self, log: Any, index: Any, lanes: Any, tile: tuple[int, ...]) -> Any:
         """Where the access in the log is of this phase, and may be of another warp than the one now."""
-        phase, lane, size, _ = log[:, index]
-        here = (lane == lanes) & (size == tile) & (tile >= self.threads)
+        phase, lane, shape, _ = log[:, index]
+        here = (lane == lanes) & (shape == self.tiles.get(tile, -1)) & (math.prod(tile) >= self.threads)
         return (phase == self.phase) & ~here & (self.threads > 32)
 
-    def note(self, log: Any, index: Any, lanes: Any, tile: int) -> None:
+    def note(self, log: Any, index: Any, lanes: Any, tile: tuple[int, ...]) -> None:
         self.sites.append(_site())
-        log[:, index] = np.stack(np.broadcast_arrays(self.phase, lanes, tile, len(self.sites) - 1))
+        shape = self.tiles.setdefault(tile, len(self.tiles))
+        log[:, index] = np.stack(np.broadcast_arrays(self.phase, lanes, shape, len(self.sites) - 1))
 
     def refuse(self, how: str, bad: Any, log: Any, index: Any) -> None:
         allowed = EITHER_WAY if "program" in how else EITHER_WAY + BEHIND_A_SUM

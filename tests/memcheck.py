@@ -204,3 +204,17 @@ def checked() -> Iterator[None]:
         ),
     ):
         yield
+
+
+@contextmanager
+def backwards() -> Iterator[None]:
+    """While entered, interpreted programs run from the last to the first."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    begin = InterpreterBuilder.set_grid_idx
+
+    def beginning(self, *place):
+        return begin(self, *(count - 1 - at for count, at in zip(self.grid_dim, place, strict=True)))
+
+    with mock.patch.object(InterpreterBuilder, "set_grid_idx", beginning):
+        yield

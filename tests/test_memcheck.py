@@ -1,9 +1,11 @@
 """The sanitizer for interpreted kernels, on kernels that do what it has to notice."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from tests.memcheck import checked
+from tests.memcheck import backwards, checked
 from triton_deq.backend import interpreting
 
 triton = pytest.importorskip("triton")
@@ -63,6 +65,13 @@ def twice_kernel(ptr, SAME: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(ptr + BLOCK // 2 + lanes, lanes * (0.0 if SAME else 1.0))
 
 
+@triton.jit
+def numbered_kernel(at_ptr, order_ptr):
+    """Which program was the how-manyth."""
+    number = tl.atomic_add(order_ptr, 1.0)
+    tl.store(at_ptr + tl.program_id(0) * 2 + tl.program_id(1), number)
+
+
 @pytest.mark.parametrize(("count", "what"), [(5, "reads"), (4, "writes")])
 def test_an_address_behind_a_tensor(count, what):
     with checked(), pytest.raises(Exception, match=f"copy_kernel {what} 0 bytes behind a tensor"):
@@ -118,3 +127,12 @@ def test_two_warps_may_write_the_same():
         twice_kernel[(1,)](torch.zeros(96), SAME=True, BLOCK=64, num_warps=2)
         with pytest.raises(Exception, match="another warp writes otherwise"):
             twice_kernel[(1,)](torch.zeros(96), SAME=False, BLOCK=64, num_warps=2)
+
+
+def test_programs_from_the_last_to_the_first():
+    at, order = torch.zeros(6), torch.zeros(1)
+    for run, wanted in ((nullcontext, range(6)), (backwards, range(5, -1, -1))):
+        order.zero_()
+        with run():
+            numbered_kernel[(3, 2)](at, order)
+        assert at.tolist() == list(wanted)

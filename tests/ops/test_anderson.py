@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton_deq.kernels.mixing import load_gram, load_triangles, mix, weights_of, weights_of_few
 
+from tests.memcheck import backwards
+from triton_deq.backend import interpreting
 from triton_deq.ops import anderson as op
 from triton_deq.ops.launch import launch_anew
 from triton_deq.reference import anderson as reference
@@ -51,6 +53,28 @@ def test_programs_of_several_blocks(history, programs, parts, processors, own, d
     assert op.anderson_start(x, history, 0.0, 20, "triton").dots.shape[1] == parts
     assert op._own_cut(x, history).parts == own
     assert_within_bounds(check_anderson(case, history=history, steps=history + 2))
+
+
+@kernels
+@pytest.mark.skipif(not interpreting(), reason="a GPU has an order of its own")
+@pytest.mark.parametrize("over_batch", [False, True], ids=["sample", "batch"])
+def test_programs_may_run_in_any_order(over_batch, monkeypatch):
+    """What one of a sample's programs writes down, others may have read before or not."""
+    monkeypatch.setattr(op, "PROGRAMS", 6)
+    monkeypatch.setattr("triton_deq.ops.launch.processors", lambda device: 9)
+    x, rule = torch.randn(2, 2500), RULE | {"over_batch": over_batch}
+
+    def steps():
+        state = op.anderson_start(x, 3, 0.0, 20, "triton")
+        assert state.dots.shape[1] == op._own_cut(x, 3).parts == 3
+        for step in range(5):
+            op.anderson_residual(state, torch.cos(3 * state.x), step, 1.0, "triton")
+            op.anderson_advance(state, step, **rule, last=False, backend="triton")
+        return (state.x, state.best, state.gram, state.record.data)
+
+    found = steps()
+    with backwards():
+        assert all(map(torch.equal, steps(), found))
 
 
 @kernels

@@ -10,7 +10,9 @@ import triton.language as tl
 from triton_deq.kernels.systems import load_matrix, solve
 
 import triton_deq as td
+from tests.memcheck import backwards
 from tests.problems import tanh_map
+from triton_deq.backend import interpreting
 from triton_deq.ops import broyden as op
 from triton_deq.ops.launch import launch_anew, partition
 from triton_deq.status import Status
@@ -49,6 +51,28 @@ def test_programs_of_several_blocks(memory, programs, parts, processors, own, de
     assert op.broyden_start(x, memory, 0.0, 20, "triton").dots.shape[1] == parts
     assert op._own_cut(x).parts == own
     assert_within_bounds(check_broyden(case, memory=memory, steps=memory + 2))
+
+
+@kernels
+@pytest.mark.skipif(not interpreting(), reason="a GPU has an order of its own")
+@pytest.mark.parametrize("over_batch", [False, True], ids=["sample", "batch"])
+def test_programs_may_run_in_any_order(over_batch, monkeypatch):
+    """What one of a sample's programs writes down, others may have read before or not."""
+    monkeypatch.setattr(op, "partition", partial(partition, programs=6))
+    monkeypatch.setattr("triton_deq.ops.launch.processors", lambda device: 9)
+    x, rule = torch.randn(2, 2500), RULE | {"over_batch": over_batch}
+
+    def steps():
+        state = op.broyden_start(x, 3, 0.0, 20, "triton")
+        assert state.dots.shape[1] == op._own_cut(x).parts == 3
+        for step in range(5):
+            op.broyden_residual(state, torch.cos(3 * state.x), step, "triton")
+            op.broyden_advance(state, step, **rule, backend="triton")
+        return (state.x, state.best, state.matrix, state.squares, state.record.data)
+
+    found = steps()
+    with backwards():
+        assert all(map(torch.equal, steps(), found))
 
 
 @kernels

@@ -6,7 +6,8 @@ every result, and a fault on a GPU where nothing is mapped behind the tensor.
 Races: programs of a launch run in any order, and so do the warps of a program between two barriers. In the
 interpreter they do not, so that each access is held here against those before: of other programs, and of
 other lanes of its own program since the last `tl.debug_barrier`, if it has several warps. A tile of fewer
-entries than there are threads is held by several of them, of which one stores and all load.
+entries than there are threads is held by several of them, of which one stores and all load. In a larger one
+the same place is taken for the same thread's; tests/test_inspection.py asks compiled kernels whether it is.
 """
 
 import linecache

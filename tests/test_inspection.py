@@ -471,6 +471,36 @@ def test_what_a_step_of_a_solver_reads_is_on_its_way_before_its_first_barrier(tm
         assert found == tuple(2 * count for count in rows), file.name
 
 
+RENEWING = ("anderson_advance", "anderson_step", "broyden_residual", "broyden_advance")
+LAYOUTS = """
+import re
+from triton_deq.inspection.compiling import _warm_up
+from triton_deq.inspection.targets import TARGETS
+from triton_deq.kernels.catalog import ENTRIES
+
+for entry in ENTRIES:
+    if entry.name in NAMES:
+        code = _warm_up(entry, 0, TARGETS["sm_90"]).asm["ttgir"]
+        tile = rf"tensor<{entry.arguments['BLOCK']}x!tt.ptr<\\w+>, (#\\w+)>"
+        kinds = ("load", "store")
+        print(entry.name, *(sorted(set(re.findall(rf"tt\\.{kind} .*: {tile}", code))) for kind in kinds))
+"""
+
+
+def test_a_place_of_a_tile_is_the_same_threads_in_loads_and_stores():
+    """So tests/memcheck.py takes it to be, where a step of a solver stores anew what it has loaded."""
+    names = [f"{kernel}[{dtype},m={{}}]" for kernel in RENEWING for dtype in ("fp32", "bf16")]
+    names = [name.format(6 if name.startswith("anderson") else 10) for name in names]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = LAYOUTS.replace("NAMES", repr(names))
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sorted(line.split(" ")[0] for line in lines) == sorted(names)
+    for line in lines:
+        assert re.fullmatch(r"\S+ \['(#\w+)'\] \['\1'\]", line), line
+
+
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict[str, dict], Path]:
     folder = tmp_path_factory.mktemp("trial")

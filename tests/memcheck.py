@@ -44,7 +44,10 @@ BEHIND_A_SUM = (
     ("anderson.py", "COUNT"),
     ("broyden.py", "COUNT"),
 )
-"""Stores of what the program has loaded, after a sum over all of its warps, for which they wait."""
+"""Stores of what the program has loaded, behind a sum for which all its warps wait.
+
+That no load of them stands behind its barrier and no store before is read from compiled kernels, too.
+"""
 SEVERAL, ATOMIC = -2, -3
 
 
@@ -91,28 +94,31 @@ class Shadow:
         return index, np.flatnonzero(present), pointers.data.shape
 
     def load(self, index: Any, lanes: Any, tile: tuple[int, ...]) -> None:
-        writer = self.writer[index]
-        self.refuse("another program writes", (writer != -1) & (writer != self.program), self.stored, index)
+        writer, reader = self.writer[index], self.reader[index]
+        others = (writer != -1) & (writer != self.program)
+        self.refuse("another program writes", others, self.stored, index, EITHER_WAY)
         unwritten = self.elsewhere(self.stored, index, lanes, tile)
-        self.refuse("another warp may not have written", unwritten, self.stored, index)
-        reader = self.reader[index]
+        self.refuse("another warp may not have written", unwritten, self.stored, index, EITHER_WAY)
         self.reader[index] = np.where((reader == -1) | (reader == self.program), self.program, SEVERAL)
-        again = (self.loaded[0, index] == self.phase) & (self.loaded[1, index] != lanes)
+        phase, lane, shape, _ = self.loaded[:, index]
+        again = (phase == self.phase) & ((lane != lanes) | (shape != self.tiles.get(tile, -1)))
         self.note(self.loaded, index, np.where(again, -1, lanes), tile)
 
     def store(self, index: Any, lanes: Any, tile: tuple[int, ...], bits: Any) -> None:
         for who, log in ((self.writer[index], self.stored), (self.reader[index], self.loaded)):
-            self.refuse("another program touches", (who != -1) & (who != self.program), log, index)
+            others = (who != -1) & (who != self.program)
+            self.refuse("another program touches", others, log, index, EITHER_WAY)
         unread = self.elsewhere(self.loaded, index, lanes, tile)
-        self.refuse("another warp may not have read", unread, self.loaded, index)
+        self.refuse("another warp may not have read", unread, self.loaded, index, EITHER_WAY + BEHIND_A_SUM)
         others = self.elsewhere(self.stored, index, lanes, tile) & (bits != self.bits[index])
-        self.refuse("another warp writes otherwise", others, self.stored, index)
+        self.refuse("another warp writes otherwise", others, self.stored, index, ())
         self.writer[index], self.bits[index] = self.program, bits
         self.note(self.stored, index, lanes, tile)
 
     def atomic(self, index: Any, lanes: Any, tile: tuple[int, ...]) -> None:
         for who, log in ((self.writer[index], self.stored), (self.reader[index], self.loaded)):
-            self.refuse("another program touches", (who != -1) & (who != ATOMIC), log, index)
+            others = (who != -1) & (who != ATOMIC)
+            self.refuse("another program touches", others, log, index, ())
         self.writer[index] = ATOMIC
         self.note(self.stored, index, lanes, tile)
 
@@ -127,8 +133,7 @@ class Shadow:
         shape = self.tiles.setdefault(tile, len(self.tiles))
         log[:, index] = np.stack(np.broadcast_arrays(self.phase, lanes, shape, len(self.sites) - 1))
 
-    def refuse(self, how: str, bad: Any, log: Any, index: Any) -> None:
-        allowed = EITHER_WAY if "program" in how else EITHER_WAY + BEHIND_A_SUM
+    def refuse(self, how: str, bad: Any, log: Any, index: Any, allowed: tuple[tuple[str, str], ...]) -> None:
         for other in np.unique(log[3, index[bad]]):
             sites = here, there = _site(), self.sites[other]
             stores = [site for site in sites if "tl.store(" in site]

@@ -58,6 +58,14 @@ def doubled_kernel(ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def smoothed_kernel(ptr, BLOCK: tl.constexpr):
+    """Each entry is read by two threads, of which the second stores it."""
+    lanes = tl.arange(0, BLOCK)
+    neighbours = tl.load(ptr + (lanes + 1) % BLOCK)
+    tl.store(ptr + lanes, tl.load(ptr + lanes) + neighbours)
+
+
+@triton.jit
 def twice_kernel(ptr, SAME: tl.constexpr, BLOCK: tl.constexpr):
     """The entry in the middle is stored by two threads."""
     lanes = tl.arange(0, BLOCK)
@@ -120,6 +128,8 @@ def test_what_another_warp_may_not_have_read():
         doubled_kernel[(1,)](torch.zeros(64), BLOCK=64, num_warps=2)
         with pytest.raises(Exception, match="another warp may not have read"):
             doubled_kernel[(1,)](torch.zeros(64), BLOCK=64, num_warps=4)
+        with pytest.raises(Exception, match="another warp may not have read"):
+            smoothed_kernel[(1,)](torch.zeros(64), BLOCK=64, num_warps=2)
 
 
 def test_two_warps_may_write_the_same():

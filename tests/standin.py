@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from triton_deq import gradients
+from triton_deq import implicit
 from triton_deq.cells import mlp as cell
 from triton_deq.ops import anderson, broyden, jacobian, mlp, weightnorm
 from triton_deq.ops.launch import launch_anew
@@ -107,6 +107,6 @@ def install(monkeypatch) -> None:
     """Let `graph=True` capture with the stand-in."""
     captures.clear()
     monkeypatch.setattr(graph, "capture", capture)
-    for module in (graph, gradients):
+    for module in (graph, implicit):
         monkeypatch.setattr(module, "captures", lambda device: True)
     monkeypatch.setattr(loop, "usable", lambda device, backend, compact: True)

@@ -26,6 +26,7 @@ FLOORS = (
     ("compiled",),
     ("ops", "arnoldi"),
     ("solvers", "cells", "jacobian"),
+    ("implicit",),
     ("gradients",),
     ("deq",),
     ("models",),

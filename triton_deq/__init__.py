@@ -5,7 +5,8 @@
 
 from .cells import Activation, MDEQCell, MLPCell, TransformerCell
 from .deq import DEQ, DEQOutput
-from .gradients import ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
+from .gradients import PhantomGradient, UnrolledGradient, fixed_point
+from .implicit import ImplicitGradient
 from .jacobian import JacobianPenalty, jacobian_norm, jacobian_norm_of, spectral_radius
 from .solvers import Anderson, Broyden, NotConverged, Picard, Solution, solve
 from .status import Status

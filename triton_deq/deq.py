@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from . import backend as backends
 from .backend import BACKENDS
 from .checks import check_choice, check_floating_dtype
-from .gradients import Gradient, ImplicitGradient, check_gradient, fixed_point
+from .gradients import Gradient, check_gradient, fixed_point
+from .implicit import ImplicitGradient
 from .jacobian import JacobianPenalty
 from .reference.record import accumulate_dtype
 from .solvers import Anderson, Solution, Solver

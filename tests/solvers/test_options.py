@@ -96,6 +96,22 @@ class TestBackward:
         assert warm.backward.nfe < cold.backward.nfe / 2
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
+    def test_warm_start_of_a_sample_that_the_loss_leaves_out(self):
+        """Its u is 0, which no iterate from elsewhere is near by a relative residual."""
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        z, solution = td.fixed_point(
+            lambda z: torch.tanh(0.5 * z + x),
+            torch.zeros_like(x),
+            gradient=td.ImplicitGradient(tol=1e-9, warm_start=True),
+            return_solution=True,
+            backend="reference",
+        )
+        torch.autograd.grad(z.sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad(z[1:].sum(), x)
+        assert torch.equal(grad[0], torch.zeros_like(grad[0]))
+        assert grad[1:].all()
+        assert solution.backward.converged.all()
+
 
 def with_broyden(backend="reference", **fields):
     gradient = td.ImplicitGradient(tol=1e-9, max_steps=60, **fields)

@@ -13,7 +13,7 @@ from ..cells.layers import autocast_dtype, called_narrow
 from ..cells.mdeq import MDEQCell
 from ..cells.mdeq_layers import MDEQInjection, Scale, for_products, pack, unpack
 from ..deq import DEQ, Injected
-from ..gradients import ImplicitGradient
+from ..implicit import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
 from ..solvers import Solution, Solver
 from ..solvers.graph_cache import GraphCache

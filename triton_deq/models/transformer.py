@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..cells.transformer import Memory, TransformerCell, TransformerInjection
 from ..deq import DEQ, Injected
-from ..gradients import ImplicitGradient
+from ..implicit import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
 from ..solvers import Solution, Solver
 from ..trees import register, register_namedtuple

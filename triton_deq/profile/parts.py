@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 
 from .. import backend as backends
 from ..deq import DEQ, Injected
-from ..gradients import ImplicitGradient, fixed_point
+from ..gradients import fixed_point
+from ..implicit import ImplicitGradient
 from ..solvers import Solution, solve
 from ..solvers.graph import on_capture_stream
 from ..timing import Stopwatch, graphed

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..deq import DEQ
-from ..gradients import ImplicitGradient
+from ..implicit import ImplicitGradient
 from ..models import (
     CONFIGURATIONS,
     IMAGE_CONFIGURATIONS,

@@ -1,0 +1,421 @@
+"""The implicit gradient: a second solve, of vector-Jacobian products, in place of the solver's steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import transformed
+from .checks import check_choice, check_value
+from .jacobian import closed_vjp
+from .reference.record import accumulate_dtype
+from .solvers import Anderson, Broyden, Solution, Solver, solve
+from .solvers.functional import functional_solve
+from .solvers.graph import captures, on_capture_stream
+from .solvers.graph_cache import GraphCache
+from .solvers.graph_keys import of_autocast
+from .solvers.layout import Layout
+from .solvers.loop import check_solver, solve_and_keep
+from .solvers.stopping import Stopping
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ImplicitGradient:
+    """The exact gradient by the implicit function theorem, in memory that does not grow with the steps.
+
+    `dℓ/dθ = uᵀ ∂f/∂θ` at the fixed point, where `uᵀ = uᵀJ + ∂ℓ/∂z*` is itself a fixed point of one
+    vector-Jacobian product (Bai et al., arXiv 1909.01377, theorem 1). The solve for u starts at ∂ℓ/∂z*
+    and its residual is relative, so the scale of the loss does not matter. z0 gets no gradient.
+    `Solution.backward` tells how that solve went.
+
+    Attributes:
+        solver: for u; `Anderson()` by default.
+        tol: relative residual at which u has converged.
+        max_steps: the most vector-Jacobian products.
+        throw: raise `NotConverged` in the backward pass where u did not reach the tolerance.
+        warm_start: start at the u of the last backward pass of this record, if that had the same shape, dtype
+            and device: for batches that repeat. Give each DEQ a record of its own.
+        shine: with a `Broyden` forward, use its estimate of the inverse Jacobian as SHINE does (Ramzi et al.,
+            arXiv 2106.00553): "start" begins the solve for u there; "alone" takes it for u, without any
+            vector-Jacobian product and without a `Solution.backward`: cheap, and as good as the estimate is.
+            Until the backward pass the pairs of the forward solve stay in memory.
+        double_backward: let the gradient be differentiated once more, as a loss on forces or a gradient
+            penalty does (`create_graph=True`; f then needs second derivatives). f is evaluated with a graph
+            twice instead of once, and a second derivative takes two more linear solves, of Jᵀ and of J.
+            `Solution.backward` tells of the last one.
+
+    Raises:
+        TypeError, ValueError: a field that cannot be; `shine` with a forward solver other than Broyden.
+        RuntimeError: where the gradient is differentiated without `double_backward`, or twice; where a
+            derivative in forward mode is asked for (`torch.autograd.functional.jvp` needs none).
+    """
+
+    solver: Solver = field(default_factory=Anderson)
+    tol: float = 1e-4
+    max_steps: int = 30
+    throw: bool = False
+    warm_start: bool = False
+    shine: str | None = None
+    double_backward: bool = False
+    _last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        check_solver("solver", self.solver)
+        Stopping(self.tol, self.max_steps)
+        if self.shine is not None:
+            check_choice("shine", self.shine, ("start", "alone"))
+            if self.warm_start:
+                raise ValueError(
+                    f"shine={self.shine!r} and warm_start=True both say where u starts: give one"
+                )
+        if self.double_backward and self.shine == "alone":
+            raise ValueError(
+                "double_backward=True differentiates the solve for u, and shine='alone' makes none: "
+                "give shine='start', or leave one of the two out"
+            )
+
+    def fixed_point(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]:
+        if self.shine is not None and not isinstance(solver, Broyden):
+            raise TypeError(
+                f"shine={self.shine!r} reuses the inverse Jacobian of td.Broyden, and solver={solver!r} "
+                "keeps none: give solver=td.Broyden() or leave shine out"
+            )
+        if self.shine is not None and options["compact"] is not None:
+            raise ValueError(
+                f"shine={self.shine!r} needs the pairs of all samples, and compact={options['compact']!r} "
+                "drops those of finished ones: give one of the two"
+            )
+        if transformed():
+            return self._traced(f, z0, solver, backend, **options)
+        # An f that writes into the ring would do so for stopped samples too, whose pairs SHINE needs.
+        copied = f if self.shine is None else lambda z: f(z)
+        solution, state = solve_and_keep(copied, z0, solver, backend=backend, **options)
+        closed = closed_vjp(f)
+        at = solution.value.detach().requires_grad_(closed is None)
+        graph = options["graph"]
+        with on_capture_stream(at.device, bool(graph)):
+            value, product = (f(at), None) if closed is None else closed(at)
+        check_value(value, at)
+        estimate = None
+        if isinstance(solver, Broyden) and self.shine is not None and state is not None:
+            estimate = _Estimate(solver, state, Layout(at))
+        again = None
+        if closed is not None and isinstance(graph, GraphCache) and captures(at.device):
+            again = _AdjointMap(f, at, of_autocast(at.device))
+        product = _engine_product(value, at) if product is None else product
+        adjoint = _Adjoint(self, solution, backend, graph, estimate, again)
+        z = _ImplicitFunction.apply(value, at, product, adjoint)
+        if not self.double_backward:
+            return z, solution
+        # What f gives back is summed at a node of its own, before it meets what is taken away.
+        at = z.view_as(z)
+        with on_capture_stream(at.device, bool(graph)):
+            value = f(at)
+        return _DoubleImplicitFunction.apply(value, z, _engine_product(value, at), adjoint), solution
+
+    def _traced(
+        self, f: Function, z0: Tensor, solver: Solver, backend: str, **options: Any
+    ) -> tuple[Tensor, Solution]:
+        """The same where torch.compile, torch.export or torch.func look on."""
+        if self.shine is not None or self.warm_start or self.throw:
+            raise ValueError(
+                "shine, warm_start and throw of an ImplicitGradient need the host after the solve, and "
+                "torch.compile, torch.export and torch.func take all at once: leave them out there"
+            )
+        if self.double_backward:
+            raise ValueError(
+                "double_backward=True of an ImplicitGradient is for torch.autograd: with torch.compile, "
+                "torch.export and torch.func use gradient=td.UnrolledGradient() for second derivatives"
+            )
+        solution = solve(f, z0, solver, backend=backend, **options)
+        at = solution.value.detach()
+        value = f(at)
+        check_value(value, at)
+        function = _TracedImplicitFunction if torch.compiler.is_compiling() else _TransformedImplicitFunction
+        return function.apply(value, at, f, self), solution
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """`u ≈ g (I − J)⁻¹` from what a Broyden solve has left behind."""
+
+    solver: Broyden
+    state: Any
+    layout: Layout
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return self.layout.unrows(self.solver.adjoint(self.state, self.layout.rows(grad)))
+
+
+@dataclass(frozen=True)
+class _Adjoint:
+    """The linear system `uᵀ = uᵀJ + gᵀ` of one backward pass."""
+
+    gradient: ImplicitGradient
+    forward: Solution
+    backend: str
+    graph: bool | GraphCache
+    estimate: _Estimate | None
+    again: "_AdjointMap | None"
+    taken: list[Tensor] = field(default_factory=list)
+
+    def solve(self, product: Function, grad: Tensor) -> Tensor:
+        """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
+        gradient = self.gradient
+        if gradient.shine == "alone" and self.estimate is not None:
+            return self.estimate(grad)
+        mapped = _plus(product, grad)
+        if self.again is not None:
+            mapped = self.again.like(mapped, grad)
+        solution = solve(
+            mapped,
+            self._start(grad),
+            gradient.solver,
+            tol=gradient.tol,
+            max_steps=gradient.max_steps,
+            throw=gradient.throw,
+            graph=self._graph(grad, mapped),
+            backend=self.backend,
+        )
+        self._report(solution)
+        return solution.value
+
+    def solve_with_graph(self, product: Function, grad: Tensor) -> Tensor:
+        """u as a function of all that the system is made of: itself a fixed point."""
+        gradient = replace(self.gradient, double_backward=False, warm_start=False, shine=None)
+        u, solution = gradient.fixed_point(
+            lambda x: product(x) + grad,
+            self._start(grad.detach()),
+            gradient.solver,
+            self.backend,
+            tol=gradient.tol,
+            max_steps=gradient.max_steps,
+            throw=gradient.throw,
+            trace=False,
+            debug=False,
+            graph=False,
+            compact=None,
+        )
+        self._report(solution)
+        return u
+
+    def _report(self, solution: Solution) -> None:
+        object.__setattr__(self.forward, "backward", solution)
+        if self.gradient.warm_start:
+            self.gradient._last["u"] = solution.value
+
+    def is_rounding(self, grad: Tensor) -> bool:
+        """Whether `grad` is what rounding has left where all was taken away again."""
+        if not self.taken:
+            return False
+        wide = accumulate_dtype(grad.dtype)
+        left, taken = (
+            torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide) for rows in (grad, self.taken.pop())
+        )
+        # A sample that is not finite says nothing: its u, which has been handed on already, is not either.
+        return not bool((left > 4 * torch.finfo(grad.dtype).eps * taken).any())
+
+    def _graph(self, grad: Tensor, mapped: Any) -> Any:
+        """The forward's graphs where they can be used again, or one for this solve."""
+        if not captures(grad.device):
+            return False
+        return self.graph if isinstance(mapped, _AdjointMap) else bool(self.graph)
+
+    def _start(self, grad: Tensor) -> Tensor:
+        if self.estimate is not None:
+            return self.estimate(grad)
+        last = self.gradient._last.get("u")
+        if last is None or (last.shape, last.dtype, last.device) != (grad.shape, grad.dtype, grad.device):
+            return grad
+        # Where g is 0 so is u, but no iterate on its way there is near by the relative residual: begin there.
+        given = (grad != 0).flatten(1).any(dim=1)
+        return torch.where(given.view(-1, *(1,) * (grad.ndim - 1)), last, 0)
+
+
+@dataclass(eq=False)
+class _AdjointMap:
+    """`x ↦ xJ(z) + g` as a graph cache takes it, of a cell that knows J in closed form.
+
+    In each backward pass what the product reads lies elsewhere: so f is evaluated at z once more, without
+    gradients and in a graph, which leaves it in one place. Autocast is as it was in the forward pass.
+    """
+
+    f: Any
+    z: Tensor
+    autocast: tuple[Any, ...]
+    shift: Tensor | None = None
+    whole_solve: Any = None
+    _map: Any = None
+
+    def like(self, mapped: Any, shift: Tensor) -> "_AdjointMap":
+        """With the offer that the map itself makes."""
+        return replace(self, shift=shift, whole_solve=getattr(mapped, "whole_solve", None))
+
+    @property
+    def module(self) -> Any:
+        return self.f.module
+
+    @property
+    def inputs(self) -> Any:
+        return self.f.inputs, self.z, self.shift, *self.autocast
+
+    def given(self, inputs: Any) -> "_AdjointMap":
+        u, z, shift, *autocast = inputs
+        return _AdjointMap(self.f.given(u), z, tuple(autocast), shift)
+
+    def prepare(self) -> None:
+        enabled, dtype = self.autocast
+        closed: Any = closed_vjp(self.f)
+        with torch.no_grad(), torch.autocast(self.z.device.type, dtype, enabled):
+            self._map = _plus(closed(self.z)[1], self.shift)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._map(x)
+
+    @property
+    def write(self) -> Any:
+        return self._map.write
+
+
+def _plus(product: Any, shift: Any) -> Any:
+    """`x ↦ xJ + g`. A closed form may know it whole: then it writes into the ring, or solves by itself."""
+    whole = getattr(product, "plus", None)
+    return (lambda x: product(x) + shift) if whole is None else whole(shift)
+
+
+def _engine_product(value: Tensor, at: Tensor) -> Function:
+    """`u ↦ uᵀJ` from the graph of `value = f(at)`, differentiable where gradients are enabled."""
+
+    def product(u: Tensor) -> Tensor:
+        (result,) = torch.autograd.grad(
+            value, at, u, retain_graph=True, create_graph=torch.is_grad_enabled(), materialize_grads=True
+        )
+        return result
+
+    return product
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Forward: the fixed point `at`, as if it were `value = f(at)`. Backward: hand u to value's graph."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, at: Tensor, product: Function, adjoint: _Adjoint) -> Tensor:
+        # The value itself, with its graph: where u's derivative is refused, it leads to all u depends on.
+        ctx.value, ctx.product, ctx.adjoint = value, product, adjoint
+        return at.detach().clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if ctx.adjoint.is_rounding(grad):
+            return None, None, None, None
+        u = ctx.adjoint.solve(ctx.product, grad)
+        if torch.is_grad_enabled():  # asked for with create_graph=True
+            u = _RefuseDerivative.apply(u, ctx.value, grad, ctx.adjoint.gradient.double_backward)
+        return u, None, None, None
+
+
+class _DoubleImplicitFunction(torch.autograd.Function):
+    """The fixed point z of an `_ImplicitFunction` as it is, with a gradient that can be differentiated.
+
+    `value = f(z)` has a graph that leads on to z. So the u that goes into it comes out at z as uᵀJ, which the
+    implicit function theorem has no place for and which is taken away here. Nothing is left of it there, and
+    no solve is made, until u ∂f/∂θ itself is differentiated: what that gives for z is solved for as usual.
+    """
+
+    @staticmethod
+    def forward(ctx, value: Tensor, z: Tensor, product: Function, adjoint: _Adjoint) -> Tensor:
+        ctx.product, ctx.adjoint = product, adjoint
+        return z.detach().clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        adjoint = ctx.adjoint
+        solve_for_u = adjoint.solve_with_graph if torch.is_grad_enabled() else adjoint.solve
+        u = solve_for_u(ctx.product, grad)
+        with torch.no_grad():
+            taken = ctx.product(u)
+        adjoint.taken[:] = [taken]
+        return u, -taken, None, None
+
+
+class _TracedImplicitFunction(torch.autograd.Function):
+    """The same, with the product written out by torch.func, which tracers can follow.
+
+    A compiled function has no second derivatives that would have to be refused.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, at: Tensor, f: Function, gradient: ImplicitGradient) -> Tensor:
+        return at.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, at, ctx.f, ctx.gradient = inputs
+        ctx.save_for_backward(at)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        at = ctx.saved_tensors[0]
+        pullback = torch.func.vjp(ctx.f, at)[1]
+        gradient = ctx.gradient
+        stopping = Stopping(gradient.tol, gradient.max_steps)
+        u, _ = functional_solve(
+            lambda u: pullback(u)[0] + grad, grad, gradient.solver, stopping, trace=False, looks=False
+        )
+        return u, None, None, None
+
+
+class _TransformedImplicitFunction(_TracedImplicitFunction):
+    """The same for the transforms of torch.func, which may ask for more than there is."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        value, at, ctx.f, ctx.gradient = inputs
+        ctx.save_for_backward(at, value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        u, *rest = _TracedImplicitFunction.backward(ctx, grad)
+        return _RefuseDerivative.apply(u, ctx.saved_tensors[1], grad, False), *rest
+
+    @staticmethod
+    def jvp(ctx, *tangents: Any):
+        raise RuntimeError(
+            "an ImplicitGradient has no forward-mode derivative: take reverse mode, as torch.func.jacrev and "
+            "torch.func.vjp do, or gradient=td.UnrolledGradient()"
+        )
+
+
+class _RefuseDerivative(torch.autograd.Function):
+    """u as it is, whose derivative is an error: it depends on all that f(z) and the gradient depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, value: Tensor, grad: Tensor, twice: bool) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.twice = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "an ImplicitGradient cannot be differentiated a third time: use gradient=td.UnrolledGradient()"
+            if ctx.twice
+            else "an ImplicitGradient cannot be differentiated a second time: give it double_backward=True, "
+            "use gradient=td.UnrolledGradient(), or detach the first gradient"
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents: Any):
+        return _RefuseDerivative.backward(ctx, tangents[0])

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from triton_deq import implicit
 from triton_deq.cells import mlp as cell
-from triton_deq.ops import anderson, broyden, jacobian, mlp, weightnorm
+from triton_deq.ops import anderson, broyden, jacobian, mlp, mlp_probe, mlp_solve, weightnorm
 from triton_deq.ops.launch import launch_anew
 from triton_deq.solvers import graph, loop
 from triton_deq.weight_caches import without_caches
 
-OPS = (anderson, broyden, jacobian, mlp, weightnorm)
+OPS = (anderson, broyden, jacobian, mlp, mlp_probe, mlp_solve, weightnorm)
 
 
 class Recorder(TorchDispatchMode):

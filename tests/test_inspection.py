@@ -118,7 +118,7 @@ class Recorder:
 
 def call_op(entry: Entry, device: str) -> None:
     """Call the op that launches `entry`'s kernel as its name says."""
-    from triton_deq.ops import anderson, broyden, jacobian, mlp
+    from triton_deq.ops import anderson, broyden, jacobian, mlp, mlp_probe
     from triton_deq.reference.activations import ACTIVATIONS
 
     values = entry.arguments
@@ -139,10 +139,10 @@ def call_op(entry: Entry, device: str) -> None:
         seed = torch.zeros(1, dtype=torch.int64, device=device)
         if kernel == "mlp_probe":
             tanh = ACTIVATIONS["tanh"]
-            mlp.mlp_probe_fwd(like, weight, like, seed, values["PROBES"], distribution, tanh)
+            mlp_probe.mlp_probe_fwd(like, weight, like, seed, values["PROBES"], distribution, tanh)
         elif kernel == "mlp_probe_vjp":
             products = like.new_zeros(values["PROBES"], *like.shape)
-            mlp.mlp_probe_vjp_fwd(products, weight, like, seed, distribution)
+            mlp_probe.mlp_probe_vjp_fwd(products, weight, like, seed, distribution)
         elif kernel == "mlp_vjp":
             mlp.mlp_vjp(like, like, weight, like, "triton")
         else:
@@ -318,7 +318,7 @@ def call_weightnorm(entry: Entry, like: torch.Tensor) -> None:
 
 
 def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:
-    from triton_deq.ops import mlp
+    from triton_deq.ops import mlp, mlp_solve
     from triton_deq.reference.activations import ACTIVATIONS
 
     values, (batch, width) = entry.arguments, entry.shape
@@ -326,12 +326,12 @@ def call_mlp_solve(entry: Entry, z0: torch.Tensor) -> None:
     weight, u = z0.new_zeros(inner, width), z0.new_zeros(batch, inner)
     output, gain = z0.new_zeros(width, inner) if values["HIDDEN"] else None, z0.new_zeros(width)
     if values["ADJOINT"]:
-        cell = mlp.Linearised(weight, output, u, None, None, None, z0)
+        cell = mlp_solve.Linearised(weight, output, u, None, None, None, z0)
     else:
         norm = mlp.Norm(gain, gain, values["EPSILON"]) if values["NORM"] else None
-        cell = mlp.Layer(weight, u, ACTIVATIONS[values["ACTIVATION"]], output, norm)
-    rule = mlp.Rule(values["HISTORY"], 1.0, 1e-6, True, 1e-3, values["max_steps"], True)
-    mlp.mlp_solve(z0, cell, rule)
+        cell = mlp_solve.Layer(weight, u, ACTIVATIONS[values["ACTIVATION"]], output, norm)
+    rule = mlp_solve.Rule(values["HISTORY"], 1.0, 1e-6, True, 1e-3, values["max_steps"], True)
+    mlp_solve.mlp_solve(z0, cell, rule)
 
 
 def call_attention(entry: Entry, device: str) -> None:
@@ -373,7 +373,7 @@ def call_attention(entry: Entry, device: str) -> None:
 def test_an_entry_is_what_its_op_launches(entry: Entry, device: str, monkeypatch):
     name = f"{entry.name.split('[')[0]}_kernel"
     recorder = Recorder()
-    monkeypatch.setattr(f"triton_deq.kernels.{entry.op}.{name}", recorder)
+    monkeypatch.setattr(f"{entry.kernel.fn.__module__}.{name}", recorder)
     call_op(entry, device)
 
     names = list(inspect.signature(entry.kernel.fn).parameters)

@@ -421,7 +421,7 @@ def _layer(randn, batch: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 def _mlp_probe(randn, batch: int, width: int, backend: str) -> Call:
     """The vectors ε ⊙ act′(a) and act″(a); the reference is what the cell's closed form does."""
     from triton_deq.ops.jacobian import probe
-    from triton_deq.ops.mlp import mlp_probe_fwd
+    from triton_deq.ops.mlp_probe import mlp_probe_fwd
     from triton_deq.reference.activations import ACTIVATIONS
     from triton_deq.reference.mlp import mlp_and_slope
 
@@ -445,7 +445,7 @@ def _mlp_probe_torch(randn, batch: int, width: int) -> Call:
 
 def _mlp_probe_vjp(randn, batch: int, width: int, backend: str) -> Call:
     from triton_deq.ops.jacobian import probe
-    from triton_deq.ops.mlp import mlp_probe_vjp_fwd
+    from triton_deq.ops.mlp_probe import mlp_probe_vjp_fwd
 
     products, weight, curvature = _layer(randn, batch, width)
     seed = torch.tensor([7], device=products.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton.language as tl
 
-from .. import mlp as kernels
+from .. import mlp, mlp_probe, mlp_solve
 from .entry import BYTES, Budget, Entry, Pointer, name_of, traded
 
 
@@ -22,7 +22,7 @@ def _mlp(
     return Entry(
         op="mlp",
         name=name_of("mlp", dtype, width, note),
-        kernel=kernels.mlp_kernel,
+        kernel=mlp.mlp_kernel,
         shape=(batch, width),
         arguments={
             **dict.fromkeys((*pointers, *others), Pointer(dtype)),
@@ -52,7 +52,7 @@ def _mlp_vjp(dtype: str, batch: int, width: int, note: str = "") -> Entry:
     return Entry(
         op="mlp",
         name=name_of("mlp_vjp", dtype, width, note),
-        kernel=kernels.mlp_vjp_kernel,
+        kernel=mlp.mlp_vjp_kernel,
         shape=(batch, width),
         arguments={
             **dict.fromkeys(pointers, Pointer(dtype)),
@@ -76,7 +76,7 @@ def _mlp_probe(
     dtype: str, batch: int, width: int, note: str, *, probes: int = 1, gaussian: bool = True
 ) -> Entry:
     return _mlp_estimate(
-        "mlp_probe",
+        mlp_probe.mlp_probe_kernel,
         dtype,
         batch,
         width,
@@ -91,7 +91,7 @@ def _mlp_probe_vjp(
     dtype: str, batch: int, width: int, note: str, *, probes: int = 1, gaussian: bool = True
 ) -> Entry:
     return _mlp_estimate(
-        "mlp_probe_vjp",
+        mlp_probe.mlp_probe_vjp_kernel,
         dtype,
         batch,
         width,
@@ -103,7 +103,7 @@ def _mlp_probe_vjp(
 
 
 def _mlp_estimate(
-    kernel: str,
+    kernel: Any,
     dtype: str,
     batch: int,
     width: int,
@@ -115,11 +115,12 @@ def _mlp_estimate(
     """The kernels of the fused estimate: a product with probes in its epilogue."""
     tiles = tiles_of(dtype, batch, width, width)
     probes = constants["PROBES"]
-    products = 1 if kernel == "mlp_probe" else probes
+    name = kernel.__name__.removesuffix("_kernel")
+    products = 1 if name == "mlp_probe" else probes
     return Entry(
         op="mlp",
-        name=name_of(kernel, dtype, width, note),
-        kernel=getattr(kernels, f"{kernel}_kernel"),
+        name=name_of(name, dtype, width, note),
+        kernel=kernel,
         shape=(batch, width),
         arguments={
             **dict.fromkeys(pointers, Pointer(dtype)),
@@ -163,7 +164,7 @@ def _mlp_solve(
     return Entry(
         op="mlp",
         name=name_of("mlp_solve", dtype, width, note),
-        kernel=kernels.mlp_solve_kernel,
+        kernel=mlp_solve.mlp_solve_kernel,
         shape=(batch, width),
         arguments={
             **dict.fromkeys((*states, *given, "scratch_ptr"), Pointer(dtype)),

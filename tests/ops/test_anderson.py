@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton_deq.kernels.mixing import load_gram, load_triangles, mix, weights_of, weights_of_few
 
+from tests.bounds import assert_within_bounds
 from tests.memcheck import backwards
 from triton_deq.backend import interpreting
 from triton_deq.ops import anderson as op
@@ -24,11 +25,6 @@ from triton_deq.verification import BOUNDS, Case, check_anderson
 
 kernels = pytest.mark.kernels
 RULE = {"relative": True, "over_batch": False, "ridge": 1e-6, "relative_ridge": True}
-
-
-def assert_within_bounds(rows):
-    over = [row for row in rows if not row.passed]
-    assert not over, "\n".join(map(str, over))
 
 
 @kernels

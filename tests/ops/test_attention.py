@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.bounds import assert_within_bounds
 from triton_deq.ops import attention as op
 from triton_deq.reference import attention as reference
 from triton_deq.reference.jacobian import uniform
@@ -61,11 +62,6 @@ def by_loops(q, k, v, context):
                 weights = torch.stack(scores).softmax(0) * torch.stack(kept)
                 value[b, i, h] = weights @ torch.stack(values)
     return value
-
-
-def assert_within_bounds(rows):
-    over = [row for row in rows if not row.passed]
-    assert not over, "\n".join(map(str, over))
 
 
 # -------------------------------------------------------------------------------------------- the reference

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton_deq.kernels.systems import load_matrix, solve
 
 import triton_deq as td
+from tests.bounds import assert_within_bounds
 from tests.memcheck import backwards
 from tests.problems import tanh_map
 from triton_deq.backend import interpreting
@@ -20,11 +21,6 @@ from triton_deq.verification import BOUNDS, Case, check_broyden
 
 kernels = pytest.mark.kernels
 RULE = {"relative": True, "over_batch": False, "last": False}
-
-
-def assert_within_bounds(rows):
-    over = [row for row in rows if not row.passed]
-    assert not over, "\n".join(map(str, over))
 
 
 @kernels

@@ -7,17 +7,13 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
+from tests.bounds import assert_within_bounds
 from triton_deq import backend as backends
 from triton_deq.ops import feedforward as op
 from triton_deq.verification import BOUNDS, Case, check_feedforward
 from triton_deq.verification.case import relative_error
 
 kernels = pytest.mark.kernels
-
-
-def assert_within_bounds(rows):
-    over = [row for row in rows if not row.passed]
-    assert not over, "\n".join(map(str, over))
 
 
 def tensors(dtype=torch.float64, device="cpu", length=3, width=5, inner=7):

@@ -1,4 +1,4 @@
-"""The layer, its product and the whole solve: kernels against float64, float64 against autograd."""
+"""The layer and its product: kernels against float64, float64 against autograd."""
 
 import math
 
@@ -6,18 +6,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests.bounds import assert_within_bounds
 from triton_deq.ops import mlp as op
+from triton_deq.ops.mlp_probe import MLPJacobianFunction
 from triton_deq.reference import mlp as reference
 from triton_deq.reference.activations import ACTIVATIONS, Activation
-from triton_deq.verification import BOUNDS, Case, check_mlp, check_mlp_probe, check_mlp_solve
+from triton_deq.verification import BOUNDS, Case, check_mlp
 
 kernels = pytest.mark.kernels
 RELU = ACTIVATIONS["relu"]
-
-
-def assert_within_bounds(rows):
-    over = [row for row in rows if not row.passed]
-    assert not over, "\n".join(map(str, over))
 
 
 def layer(batch=4, width=5, depth=3, dtype=torch.float64, device="cpu"):
@@ -38,20 +35,6 @@ def test_kernels_match_the_reference(shape, dtype, device):
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_any_strides(layout, device):
     assert_within_bounds(check_mlp(Case(torch.float32, (3, 37), torch.device(device), 6, layout)))
-
-
-@kernels
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (20, 70)], ids=str)
-def test_the_fused_estimate_matches_the_reference(shape, dtype, device):
-    assert_within_bounds(check_mlp_probe(Case(getattr(torch, dtype), shape, torch.device(device), seed=3)))
-
-
-@kernels
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [(1, 1), (19, 37)], ids=str)
-def test_whole_solves_match_the_general_loop(shape, dtype, device):
-    assert_within_bounds(check_mlp_solve(Case(getattr(torch, dtype), shape, torch.device(device), seed=2)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -93,7 +76,7 @@ def test_gradients_where_one_argument_depends_on_another(backend, device):
     torch.testing.assert_close(torch.autograd.grad(value.sum(), z, create_graph=True), wanted)
     if backend == "triton":
         seed = torch.tensor([11], device=device)
-        norms = op.MLPJacobianFunction.apply(z, weight, z.sin(), seed, 2, "rademacher", tanh)
+        norms = MLPJacobianFunction.apply(z, weight, z.sin(), seed, 2, "rademacher", tanh)
         first, again = (
             torch.autograd.grad(norms.sum(), z, retain_graph=True, create_graph=graph)
             for graph in (False, True)
@@ -205,56 +188,3 @@ def test_transforms_autocast_and_foreign_activations_take_ordinary_operators(dev
     jacobian = torch.func.vmap(torch.func.jacrev(lambda z, u: op.mlp(z, weight, u, tanh)))(z, u)
     slope = op.mlp_and_slope(z, weight, u, tanh, "triton")[1]
     torch.testing.assert_close(jacobian, slope[:, :, None] * weight)
-
-
-@kernels
-def test_derivatives_of_the_fused_estimate(device):
-    z, weight, u = layer(batch=2, width=3, depth=2, device=device)
-    seed = torch.tensor([11], device=device)
-
-    def norms(*tensors):
-        return op.MLPJacobianFunction.apply(*tensors, seed, 2, "rademacher", ACTIVATIONS["silu"])
-
-    assert gradcheck(norms, (z, weight, u))
-    assert gradgradcheck(norms, (z, weight, u))
-    for tensors in ((z, weight.detach(), u), (z.detach(), weight, u.detach())):
-        assert gradcheck(norms, tensors)
-
-
-@kernels
-def test_same_bits_every_time(device):
-    z, weight, u = (tensor.detach().float() for tensor in layer(40, 12, 12, device=device))
-    rule = op.Rule(3, 1.0, 1e-6, True, 1e-6, 6, True)
-    cell = op.Layer(weight / 8, u, ACTIVATIONS["tanh"], None, None)
-    first, second = (op.mlp_solve(z, cell, rule) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1].data, second[1].data)
-
-
-@kernels
-def test_a_useless_gram_matrix_restarts_the_history(device):
-    """A constant map: the second residual is zero, and without a ridge its Gram matrix is singular.
-
-    Of numbers that no arithmetic rounds.
-    """
-    u = torch.tensor([[-1.5, 0.25, 2.0, -0.5], [3.0, -2.25, 1.0, 0.75]], dtype=torch.float64, device=device)
-    cell = op.Layer(torch.zeros(4, 4, dtype=torch.float64, device=device), u, RELU, None, None)
-    counts = []
-    for ridge in (1e-6, 0.0):
-        rule = op.Rule(3, 1.0, ridge, True, 0.0, 2, True)
-        value, record, _ = op.mlp_solve(torch.ones_like(u), cell, rule)
-        counts.append(record.count.tolist())
-        torch.testing.assert_close(value, torch.relu(u))
-    assert counts == [[2, 2], [1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("shape", "history", "fits"),
-    [((2, 256), 6, True), ((2, 257), 6, False), ((2, 16), 9, False), ((2, 3, 16), 6, False)],
-    ids=str,
-)
-def test_what_fits_one_launch(shape, history, fits):
-    z = torch.empty(shape)
-    rule = op.Rule(history, 1.0, 1e-6, True, 1e-6, 6, True)
-    cell = op.Layer(torch.empty(shape[-1], shape[-1]), z, RELU, None, None)
-    assert op.mlp_solve_fits(z, cell, rule) is fits

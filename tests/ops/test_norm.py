@@ -8,6 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import layer_norm
 
+from tests.bounds import assert_within_bounds
 from triton_deq.ops import norm as op
 from triton_deq.ops.launch import launch
 from triton_deq.reference import norm as reference
@@ -15,11 +16,6 @@ from triton_deq.verification import BOUNDS, Case, check_norm
 from triton_deq.verification.case import relative_error
 
 kernels = pytest.mark.kernels
-
-
-def assert_within_bounds(rows):
-    over = [row for row in rows if not row.passed]
-    assert not over, "\n".join(map(str, over))
 
 
 def tensors(batch=2, length=3, width=5, dtype=torch.float64, device="cpu"):

@@ -8,21 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
-from ..ops.mlp import (
-    MOST_NORM,
-    Layer,
-    Linearised,
-    Norm,
-    Rule,
-    mlp,
-    mlp_and_slope,
-    mlp_fwd,
-    mlp_jacobian_norms,
-    mlp_solve,
-    mlp_solve_fits,
-    mlp_vjp,
-    served,
-)
+from ..ops.mlp import MOST_NORM, Norm, mlp, mlp_and_slope, mlp_fwd, mlp_vjp, served
+from ..ops.mlp_probe import mlp_jacobian_norms
+from ..ops.mlp_solve import Layer, Linearised, Rule, mlp_solve, mlp_solve_fits
 from ..ops.norm import norm, norm_vjp
 from ..reference.activations import ACTIVATIONS, Activation, find_activation
 from ..reference.record import Record

@@ -65,7 +65,7 @@ def check_mlp_probe(case: Case, probes: int = 2) -> Iterator[Row]:
 
     Weights keep the activations' arguments near 1: where those are large, act″ is all cancellation.
     """
-    from ..ops import mlp as op
+    from ..ops import mlp_probe as op
 
     batch, depth = case.shape[0], min(max(case.shape[1], LEAST_WIDTH), 300)
     z, weight, u = _draws(case, (batch, depth), (depth + 2, depth), (batch, depth + 2))
@@ -101,7 +101,8 @@ def check_mlp_solve(case: Case) -> Iterator[Row]:
 
     With few steps rounding has not been amplified yet; one sample meets a NaN.
     """
-    from ..ops import mlp as op
+    from ..ops import mlp_solve as op
+    from ..ops.mlp import Norm
 
     batch, width = case.shape[0], min(case.shape[1], 60)
     function, rule = ACTIVATIONS["tanh"], op.Rule(2, 0.9, 1e-6, True, 0.0, 3, True)
@@ -113,7 +114,7 @@ def check_mlp_solve(case: Case) -> Iterator[Row]:
         if batch > 2:
             z0[1] = grad[1] = math.nan
         weight, output, gain = weight / (3 * math.sqrt(width)), output / math.sqrt(inner), gain / 3
-        norm = op.Norm(gain, offset, 0.1) if normed else None
+        norm = Norm(gain, offset, 0.1) if normed else None
         layer = op.Layer(weight, u, function, output if hidden else None, norm)
         wide = _Widened(layer)
         with torch.no_grad():

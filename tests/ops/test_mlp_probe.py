@@ -1,0 +1,36 @@
+"""The closed-form estimate of the perceptron's Jacobian norm: against its reference, and its derivatives."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from tests.bounds import assert_within_bounds
+from triton_deq.ops.mlp_probe import MLPJacobianFunction
+from triton_deq.reference.activations import ACTIVATIONS
+from triton_deq.verification import BOUNDS, Case, check_mlp_probe
+
+kernels = pytest.mark.kernels
+
+
+@kernels
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (20, 70)], ids=str)
+def test_the_fused_estimate_matches_the_reference(shape, dtype, device):
+    assert_within_bounds(check_mlp_probe(Case(getattr(torch, dtype), shape, torch.device(device), seed=3)))
+
+
+@kernels
+def test_derivatives_of_the_fused_estimate(device):
+    tensors = z, weight, u = [
+        torch.randn(shape, dtype=torch.float64, device=device).requires_grad_()
+        for shape in ((2, 2), (3, 2), (2, 3))
+    ]
+    seed = torch.tensor([11], device=device)
+
+    def norms(*tensors):
+        return MLPJacobianFunction.apply(*tensors, seed, 2, "rademacher", ACTIVATIONS["silu"])
+
+    assert gradcheck(norms, tensors)
+    assert gradgradcheck(norms, tensors)
+    for tensors in ((z, weight.detach(), u), (z.detach(), weight, u.detach())):
+        assert gradcheck(norms, tensors)

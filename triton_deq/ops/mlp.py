@@ -104,8 +104,8 @@ def mlp_vjp(
         out: where the product is left; only without gradients.
     """
     alike = served(vector, ACTIVATIONS["relu"], backend, slope, weight, shift)
-    fit = vector.shape[vector.dim() - slope.dim() :] == slope.shape and slope.shape[-1] == len(weight)
-    if recorded(vector, slope, weight, shift) or not alike or not fit:
+    fitting = vector.shape[vector.dim() - slope.dim() :] == slope.shape and slope.shape[-1] == len(weight)
+    if recorded(vector, slope, weight, shift) or not alike or not fitting:
         return reference.mlp_vjp(vector, slope, weight, shift, out)
     if out is not None and not out.is_contiguous():  # the kernel writes rows one after another
         return out.copy_(mlp_vjp_fwd(vector, slope, weight, shift, None))

@@ -89,6 +89,8 @@ def test_a_solution_says_what_is_so(backend, problem, solver, options):
         assert solution.trace.shape == (solution.nfe, len(z0))
     if len(z0) == 0:
         return
+    if solution.trace is not None:
+        torch.testing.assert_close(solution.residual, solution.trace.amin(dim=0), rtol=1e-6, atol=0)
 
     value = f(solution.value).double().flatten(1)
     difference = (value - solution.value.double().flatten(1)).norm(dim=1)

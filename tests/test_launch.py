@@ -8,6 +8,7 @@ import torch
 
 from triton_deq.backend import interpreting
 from triton_deq.ops import launch as launches
+from triton_deq.ops import products
 from triton_deq.ops.anderson import anderson_residual, anderson_start
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="it is about the interpreter")
@@ -202,3 +203,39 @@ def test_one_wave_of_programs_or_programs_of_many_blocks(shape, programs, cut):
     found = launches.in_few_waves(torch.empty(shape, device="meta"), 1024, 3, programs)
     assert (found.parts, found.chunk) == cut
     assert found.block == min(1024, cut[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tile"),
+    [
+        ((2100, 48000), torch.bfloat16, (128, 128)),
+        ((2048, 1024), torch.bfloat16, (128, 128)),  # 128 programs for 132 multiprocessors
+        ((1024, 1024), torch.bfloat16, (128, 64)),  # 64 of the largest would leave half of them idle
+        ((512, 512), torch.bfloat16, (32, 64)),
+        ((512, 1024), torch.float16, (64, 64)),
+        ((16, 100000), torch.bfloat16, (16, 128)),
+        ((1024, 1024), torch.float32, (64, 64)),
+        ((256, 1024), torch.float32, (32, 64)),
+        ((3, 5), torch.float64, (16, 16)),
+    ],
+    ids=str,
+)
+def test_a_product_is_cut_for_the_multiprocessors_that_there_are(shape, dtype, tile, monkeypatch):
+    monkeypatch.setattr(products, "processors", lambda device: 132)
+    grid, constants = products.tiles(*shape, 64, torch.empty(0, dtype=dtype))
+    assert (constants["BLOCK_B"], constants["BLOCK_N"]) == tile
+    assert grid == (-(-shape[0] // tile[0]) * -(-shape[1] // tile[1]),)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_two_programs_of_the_largest_tile_shall_fit_a_multiprocessor(paired, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    options = {
+        rows: products.tiles(rows, 48000, 704, torch.empty(0, dtype=torch.bfloat16), paired=paired)[1]
+        for rows in (16, 2100)
+    }
+    assert options[2100].get("maxnreg") == (128 if paired else None)
+    assert "maxnreg" not in options[16]
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose compiler has no such option
+    like = torch.empty(0, dtype=torch.bfloat16)
+    assert "maxnreg" not in products.tiles(2100, 48000, 704, like, paired=paired)[1]

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from triton_deq.ops.launch import Again, launch, precision, shared
+from triton_deq.ops.launch import Again, launch, shared
 from triton_deq.timing import Call, graphed
 
 from ..cases import Case, Setting, Variant, ours
@@ -162,22 +162,28 @@ def _product_choices(dtype: torch.dtype) -> list[Choice]:
             (128, 256, 64, 8, 4),
             (64, 128, 64, 4, 4),
             (64, 64, 64, 4, 4),
+            (128, 64, 64, 8, 3),
+            (128, 64, 64, 4, 4),
+            (32, 64, 64, 4, 3),
         ]
+        # 128 is what two programs of the largest tile have; the default where no epilogue spills for it.
+        bounds = [Choice(f"maxnreg={most}", {"maxnreg": most}) for most in (128, 255)]
     else:
         sizes = [(64, 64, 16, 4, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3), (128, 128, 16, 8, 3)]
-    return [_product_choice(*each) for each in sizes]
+        bounds = []
+    return [*(_product_choice(*each) for each in sizes), *bounds]
 
 
 def _product_choice(block_b: int, block_n: int, block_k: int, warps: int, stages: int) -> Choice:
     compiler = {"num_warps": warps, "num_stages": stages}
 
     def tiles(
-        rows: int, columns: int, depth: int, dtype: torch.dtype, *, group: int = 8, whole: bool = False
+        rows: int, columns: int, depth: int, like: Tensor, *, group: int = 8, **kind: Any
     ) -> tuple[tuple[int], dict[str, Any]]:
         from triton_deq.ops.products import tiles as default
 
-        _, constants = default(rows, columns, depth, dtype, group=group)
-        constants |= {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": block_k, **precision(dtype)}
+        _, constants = default(rows, columns, depth, like, group=group)
+        constants |= {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": block_k}
         return (-(-rows // block_b) * -(-columns // block_n),), constants
 
     name = f"{block_b}x{block_n}x{block_k} num_warps={warps} num_stages={stages}"

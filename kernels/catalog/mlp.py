@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import gcd
 from typing import Any
-
-import triton.language as tl
 
 from .. import mlp, mlp_probe, mlp_solve
 from .entry import BYTES, Budget, Entry, Pointer, name_of, traded
+from .products import precision_of, product_unit, tiles_of
 
 
 def _mlp(
     dtype: str, batch: int, width: int, note: str = "", *, norm: bool = False, slopes: bool = False
 ) -> Entry:
     """A square layer; slopes: act′ and act″ are written too."""
-    tiles = tiles_of(dtype, batch, width, width, whole=norm)
+    tiles, options = tiles_of(dtype, batch, width, width, whole=norm, paired=not slopes)
     pointers = ("z_ptr", "weight_ptr", "injection_ptr", "value_ptr")
     others = ("gain_ptr", "offset_ptr", "slope_ptr", "curvature_ptr")
     outputs = 3 if slopes else 1
@@ -35,19 +33,19 @@ def _mlp(
             "NORM": norm,
             "EPSILON": 1e-5 if norm else 0.0,
             **precision_of(dtype),
-            **{name: value for name, value in tiles.items() if name != "num_warps"},
+            **tiles,
         },
         contiguous=pointers,
         traffic=lambda entry, batch, width: ((2 + outputs) * batch + width) * width * BYTES[entry.dtype],
         work=_mlp_work,
         # With few rows a thread has few entries of z.
         budget=replace(_mlp_budget(dtype, width), load=BYTES[dtype]) if norm else _mlp_budget(dtype, width),
-        options={"num_warps": tiles["num_warps"], "enable_fp_fusion": True},
+        options=options,
     )
 
 
 def _mlp_vjp(dtype: str, batch: int, width: int, note: str = "") -> Entry:
-    tiles = tiles_of(dtype, batch, width, width)
+    tiles, options = tiles_of(dtype, batch, width, width)
     pointers = ("vector_ptr", "slope_ptr", "weight_ptr", "shift_ptr", "out_ptr")
     return Entry(
         op="mlp",
@@ -62,13 +60,13 @@ def _mlp_vjp(dtype: str, batch: int, width: int, note: str = "") -> Entry:
             "K": width,
             "SHIFT": True,
             **precision_of(dtype),
-            **{name: value for name, value in tiles.items() if name != "num_warps"},
+            **tiles,
         },
         contiguous=pointers,
         traffic=lambda entry, batch, width: (4 * batch + width) * width * BYTES[entry.dtype],
         work=_mlp_work,
         budget=_mlp_budget(dtype, width),
-        options={"num_warps": tiles["num_warps"], "enable_fp_fusion": True},
+        options=options,
     )
 
 
@@ -113,7 +111,8 @@ def _mlp_estimate(
     traffic: Callable[[Entry, int, int], int],
 ) -> Entry:
     """The kernels of the fused estimate: a product with probes in its epilogue."""
-    tiles = tiles_of(dtype, batch, width, width)
+    tiles, options = tiles_of(dtype, batch, width, width, most=64)
+    options["num_warps"] = max(4, tiles["BLOCK_B"] * tiles["BLOCK_N"] // 512)
     probes = constants["PROBES"]
     name = kernel.__name__.removesuffix("_kernel")
     products = 1 if name == "mlp_probe" else probes
@@ -131,7 +130,7 @@ def _mlp_estimate(
             "quarter": -(-batch * width // 4),
             **constants,
             **precision_of(dtype),
-            **{name: value for name, value in tiles.items() if name != "num_warps"},
+            **tiles,
         },
         contiguous=pointers,
         traffic=traffic,
@@ -140,7 +139,7 @@ def _mlp_estimate(
             | {"int32": 100 * probes * batch * width}
         ),
         budget=_mlp_budget(dtype, width),
-        options={"num_warps": tiles["num_warps"], "enable_fp_fusion": True},
+        options=options,
     )
 
 
@@ -222,48 +221,17 @@ def _mlp_work(entry: Entry, batch: int, width: int) -> dict[str, int]:
     return {unit: times * 2 * batch * width * width}
 
 
-def product_unit(dtype: str) -> tuple[str, int]:
-    """The unit that multiplies matrices, and how many of its products make one: three of TF32 for float32."""
-    return {"fp32": ("tensor_tf32", 3), "fp64": ("fp64", 1)}.get(dtype, (f"tensor_{dtype}", 1))
-
-
 def _mlp_budget(dtype: str, width: int) -> Budget:
     """Threads share a tile's columns such that each access moves 8 bytes at least, where rows are aligned."""
     access = 8 if width % 16 == 0 else BYTES[dtype]
     return Budget(load=access, store=access, tensor_cores=dtype != "fp64")
 
 
-def precision_of(dtype: str) -> dict[str, Any]:
-    names = {"fp32": tl.float32, "fp64": tl.float64, "fp16": tl.float16, "bf16": tl.bfloat16}
-    return {"TF32": False, "OPERAND": names[dtype], "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
-
-
-def tiles_of(
-    dtype: str, rows: int, columns: int, depth: int, *, group: int = 8, whole: bool = False
-) -> dict[str, int]:
-    """As the ops cut a product `[rows, depth] × [depth, columns]` into programs."""
-    narrow = dtype in ("fp16", "bf16")
-    most = 128 if narrow else 64
-    if whole:
-        block_b, block_n = 16, 1 << (columns - 1).bit_length()
-    else:
-        block_b, block_n = (min(max(16, 1 << (size - 1).bit_length()), most) for size in (rows, columns))
-        if rows * columns < 132 * block_b * block_n:
-            block_b, block_n = min(block_b, 32), min(block_n, 64)
-    return {
-        "BLOCK_B": block_b,
-        "BLOCK_N": block_n,
-        "BLOCK_K": 16 if whole or dtype == "fp64" else 64 if narrow else 32,
-        "GROUP": group,
-        "ALIGN": gcd(16 // BYTES[dtype], columns, depth),
-        "num_warps": 8 if block_b * block_n >= 8192 else 4,
-    }
-
-
 ENTRIES = (
     traded(_mlp("fp32", 1024, 1024), 20),
-    _mlp("bf16", 4096, 2048),
-    _mlp("fp32", 1024, 512, "slopes", slopes=True),
+    traded(_mlp("bf16", 4096, 2048), 84),
+    traded(_mlp("bf16", 1024, 1024)),
+    traded(_mlp("fp32", 1024, 512, "slopes", slopes=True), 20),
     traded(_mlp("fp32", 1024, 512, "norm", norm=True)),
     _mlp("bf16", 1024, 512, "norm", norm=True),
     _mlp("fp16", 33, 1001, "odd D"),
@@ -272,9 +240,9 @@ ENTRIES = (
     _mlp_vjp("bf16", 4096, 2048),
     _mlp_vjp("fp16", 33, 1001, "odd D"),
     traded(_mlp_probe("fp32", 1024, 1024, "gaussian"), 12),
-    _mlp_probe("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False),
+    traded(_mlp_probe("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False), 68),
     _mlp_probe_vjp("fp32", 1024, 1024, "gaussian"),
-    traded(_mlp_probe_vjp("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False)),
+    traded(_mlp_probe_vjp("bf16", 1024, 1024, "rademacher,M=2", probes=2, gaussian=False), 204),
     _mlp_probe("fp32", 1, 64, "one sample"),
     _mlp_probe_vjp("fp32", 1, 64, "one sample"),
     _mlp_solve("fp32", 128, spilled=92),

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.bounds import assert_within_bounds
 from triton_deq.ops import mlp as op
+from triton_deq.ops import products
 from triton_deq.ops.mlp_probe import MLPJacobianFunction
 from triton_deq.reference import mlp as reference
 from triton_deq.reference.activations import ACTIVATIONS, Activation
@@ -29,6 +30,14 @@ def layer(batch=4, width=5, depth=3, dtype=torch.float64, device="cpu"):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 37), (70, 130)], ids=str)
 def test_kernels_match_the_reference(shape, dtype, device):
     assert_within_bounds(check_mlp(Case(getattr(torch, dtype), shape, torch.device(device), seed=1)))
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(130, 140), (130, 60), (60, 140)], ids=str)
+def test_large_tiles_match_the_reference(shape, device, monkeypatch):
+    """As for a GPU of one multiprocessor, which has enough to do with few programs."""
+    monkeypatch.setattr(products, "processors", lambda device: 1)
+    assert_within_bounds(check_mlp(Case(torch.float16, shape, torch.device(device), seed=7)))
 
 
 @kernels

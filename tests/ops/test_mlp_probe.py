@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.bounds import assert_within_bounds
+from triton_deq.ops import products
 from triton_deq.ops.mlp_probe import MLPJacobianFunction
 from triton_deq.reference.activations import ACTIVATIONS
 from triton_deq.verification import BOUNDS, Case, check_mlp_probe
@@ -17,6 +18,13 @@ kernels = pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(1, 1), (3, 37), (20, 70)], ids=str)
 def test_the_fused_estimate_matches_the_reference(shape, dtype, device):
     assert_within_bounds(check_mlp_probe(Case(getattr(torch, dtype), shape, torch.device(device), seed=3)))
+
+
+@kernels
+def test_large_tiles_match_the_reference(device, monkeypatch):
+    """As for a GPU of one multiprocessor, which has enough to do with few programs."""
+    monkeypatch.setattr(products, "processors", lambda device: 1)
+    assert_within_bounds(check_mlp_probe(Case(torch.float16, (70, 140), torch.device(device), seed=7)))
 
 
 @kernels

@@ -192,6 +192,8 @@ def _warm_up(entry: Any, configuration: int, target: Target) -> Any:
     options = dict(entry.options)
     if target.backend != "cuda":
         options.pop("maxnreg", None)  # an option of NVIDIA's compiler
+        if options.get("num_warps", 0) > 8:
+            options["num_warps"] = 8  # `most_warps` of triton_deq/ops/launch.py
     return kernel.warmup(grid=(1,), **{**arguments, **options, **constants})
 
 

@@ -77,7 +77,7 @@ def feedforward_fwd(
     rows, weight = s.reshape(-1, s.shape[-1]).contiguous(), weight.contiguous()
     inner = s.new_empty(*s.shape[:-1], len(weight)) if out is None else out
     width, depth = weight.shape
-    grid, constants = tiles(len(rows), width, depth, s.dtype, group=GROUP)
+    grid, constants = tiles(len(rows), width, depth, s, group=GROUP, paired=True)
     launch(
         _kernels().feedforward_kernel,
         grid,
@@ -101,7 +101,7 @@ def feedforward_vjp_fwd(vector: Tensor, matrix: Tensor, inner: Tensor, out: Tens
     rows, matrix = vector.reshape(-1, vector.shape[-1]).contiguous(), matrix.contiguous()
     gradient = torch.empty_like(inner, memory_format=torch.contiguous_format) if out is None else out
     depth, width = matrix.shape
-    grid, constants = tiles(len(rows), width, depth, vector.dtype, group=GROUP)
+    grid, constants = tiles(len(rows), width, depth, vector, group=GROUP, paired=True)
     launch(
         _kernels().feedforward_vjp_kernel,
         grid,

@@ -257,6 +257,11 @@ def at_most(registers: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": registers}
 
 
+def most_warps() -> int:
+    """A program's warps at most. AMD's have twice as many threads."""
+    return 8 if torch.version.hip else 16
+
+
 def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 

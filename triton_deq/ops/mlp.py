@@ -131,7 +131,8 @@ def mlp_fwd(
     width = weight.shape[0]
     value = z.new_empty(*z.shape[:-1], width) if out is None else out
     weight = weight.contiguous()
-    grid, constants = tiles(batch, width, depth, z.dtype, whole=norm is not None)
+    # With derivatives too the epilogue needs more registers than two programs would have.
+    grid, constants = tiles(batch, width, depth, z, whole=norm is not None, paired=slope is None)
     launch(
         _kernels().mlp_kernel,
         grid,
@@ -163,7 +164,7 @@ def mlp_vjp_fwd(
     rows, slopes = _rows(vector), _rows(slope)
     depth, width = weight.shape
     product = vector.new_empty(*vector.shape[:-1], width) if out is None else out
-    grid, constants = tiles(len(rows), width, depth, vector.dtype)
+    grid, constants = tiles(len(rows), width, depth, vector)
     launch(
         _kernels().mlp_vjp_kernel,
         grid,

@@ -2,6 +2,7 @@
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..reference import mlp as reference
 from ..reference.activations import Activation
 from .jacobian import probe, squared_norm_fwd
-from .launch import launch
+from .launch import launch, most_warps
 from .mlp import aliases, fit, served
 from .products import tiles
 
@@ -98,7 +99,7 @@ def mlp_probe_fwd(
     """`ε_m ⊙ act′(a)` `[M, B, N]` and `act″(a)` `[B, N]` by the kernel."""
     (batch, depth), width = z.shape, len(weight)
     vectors, curvature = z.new_empty(probes, batch, width), z.new_empty(batch, width)
-    grid, constants = tiles(batch, width, depth, z.dtype)
+    grid, constants = _tiles(batch, width, depth, z)
     launch(
         _kernels().mlp_probe_kernel,
         grid,
@@ -126,7 +127,7 @@ def mlp_probe_vjp_fwd(
     """`act″(a) ⊙ Σ_m ε_m ⊙ (p̄_m Wᵀ)` `[B, N]` by the kernel, from p̄ `[M, B, K]`."""
     (probes, batch, depth), width = products.shape, len(weight)
     inner = torch.empty_like(curvature)
-    grid, constants = tiles(batch, width, depth, products.dtype)
+    grid, constants = _tiles(batch, width, depth, products)
     launch(
         _kernels().mlp_probe_vjp_kernel,
         grid,
@@ -144,6 +145,13 @@ def mlp_probe_vjp_fwd(
         **constants,
     )
     return inner
+
+
+def _tiles(rows: int, columns: int, depth: int, like: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """With smaller tiles and more warps than other products: probes are made in registers, and take time."""
+    grid, constants = tiles(rows, columns, depth, like, most=64)
+    warps = constants["BLOCK_B"] * constants["BLOCK_N"] // 512
+    return grid, {**constants, "num_warps": min(max(4, warps), most_warps())}
 
 
 @cache

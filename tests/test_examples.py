@@ -36,6 +36,12 @@ def test_own_cell():
     assert "CONVERGED" in out.splitlines()[-2]
 
 
+def test_forces():
+    out = printed("forces.py")
+    assert number(r"relative error ([\d.]+)", out) < 0.05
+    assert number(r"forces alone: ([\d.]+)", out) == pytest.approx(1, abs=0.1)
+
+
 def test_stabilise():
     without, with_penalty = printed("stabilise.py", "--quick").splitlines()
     assert number(r"([\d.]+)% of the images", without) < 20

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import triton_deq as td
 from tests.problems import tanh_map
@@ -206,18 +206,56 @@ def test_so_are_those_in_what_the_loss_does_with_it():
         )
 
 
+def by_forward_ad(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x.cos()))).tangent
+
+
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda function, x: torch.func.jvp(function, (x,), (x,)),
-        lambda function, x: torch.func.jacfwd(function)(x),
-        lambda function, x: torch.func.hessian(function)(x),
+        lambda function, x: torch.func.jvp(function, (x,), (x.cos(),))[1],
+        lambda function, x: (torch.func.jacfwd(function)(x) * x.cos()).sum(),
+        lambda function, x: torch.func.vmap(lambda v: torch.func.jvp(function, (x,), (v,))[1])(x.cos()[None])[
+            0
+        ],
+        by_forward_ad,
     ],
-    ids=["jvp", "jacfwd", "hessian"],
+    ids=["jvp", "jacfwd", "vmap", "forward_ad"],
 )
-def test_forward_mode_is_refused(ask):
-    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        ask(of_input, torch.randn(2, 5, dtype=torch.float64))
+@pytest.mark.parametrize(
+    "function",
+    [of_input, lambda x: of_input(x, ClosedForm), linear_of_input],
+    ids=["f", "vjp", "linear"],
+)
+def test_forward_mode(ask, function):
+    x = torch.randn(2, 5, dtype=torch.float64)
+    expected = (torch.func.grad(function)(x) * x.cos()).sum()
+    torch.testing.assert_close(ask(function, x), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_forward_mode_of_a_constant():
+    x = torch.randn(2, 5, dtype=torch.float64)
+    _, tangent = torch.func.jvp(lambda v: of_input(x) * v.sum(), (x,), (x,))
+    torch.testing.assert_close(tangent, of_input(x) * x.sum())
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda x: torch.func.hessian(of_input)(x), "forward mode around reverse mode"),
+        (lambda x: torch.func.jacrev(torch.func.jacfwd(of_input))(x), "differentiated a second time"),
+        (lambda x: torch.func.jacfwd(torch.func.jacfwd(of_input))(x), "differentiated a second time"),
+        (
+            lambda x: torch.func.grad(lambda x: torch.func.jvp(of_input, (x,), (x,))[0])(x),
+            "differentiated a second time",
+        ),
+    ],
+    ids=["hessian", "jacrev of jacfwd", "jacfwd of jacfwd", "grad of the value"],
+)
+def test_forward_mode_that_is_refused(ask, message):
+    with pytest.raises(RuntimeError, match=message):
+        ask(torch.randn(2, 5, dtype=torch.float64))
 
 
 def test_a_gradient_of_what_comes_after_can_be_differentiated():

@@ -177,6 +177,13 @@ def transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def pushed_forward() -> bool:
+    """Whether the innermost transform is forward mode, so that what f returns may have tangents."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Jvp
+
+
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)

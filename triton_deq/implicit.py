@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .backend import transformed
+from .backend import pushed_forward, transformed
 from .checks import check_choice, check_value
 from .jacobian import closed_vjp
 from .reference.record import accumulate_dtype
@@ -51,7 +52,7 @@ class ImplicitGradient:
     Raises:
         TypeError, ValueError: a field that cannot be; `shine` with a forward solver other than Broyden.
         RuntimeError: where the gradient is differentiated without `double_backward`, or twice; where a
-            derivative in forward mode is asked for (`torch.autograd.functional.jvp` needs none).
+            derivative in forward mode is asked for around one in reverse mode, as by `torch.func.hessian`.
     """
 
     solver: Solver = field(default_factory=Anderson)
@@ -137,8 +138,29 @@ class ImplicitGradient:
         at = solution.value.detach()
         value = f(at)
         check_value(value, at)
-        function = _TracedImplicitFunction if torch.compiler.is_compiling() else _TransformedImplicitFunction
-        return function.apply(value, at, f, self), solution
+        if torch.compiler.is_compiling():
+            return _TracedImplicitFunction.apply(value, at, f, self), solution
+        if pushed_forward():
+            value, tangent = forward_ad.unpack_dual(value)
+            if tangent is not None:
+                return self._pushed(f, at, value, tangent), solution
+        return _TransformedImplicitFunction.apply(value, at, f, self), solution
+
+    def _pushed(self, f: Function, at: Tensor, value: Tensor, tangent: Tensor) -> Tensor:
+        """z* with its tangent `ż = J ż + (∂f/∂θ) θ̇`, of which the last term is that of f(z*)."""
+        pullback = torch.func.vjp(f, at)[1]
+        # J from Jᵀ: forward mode inside of forward mode is not for everyone.
+        product = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(at))[1]
+        z_tangent, _ = functional_solve(
+            lambda x: forward_ad.unpack_dual(product(x)[0]).primal + tangent,
+            tangent,
+            self.solver,
+            Stopping(self.tol, self.max_steps),
+            trace=False,
+            looks=False,
+        )
+        at, z_tangent = (_RefuseDerivative.apply(each, value, tangent, False) for each in (at, z_tangent))
+        return forward_ad.make_dual(at, z_tangent)
 
 
 @dataclass(frozen=True)
@@ -389,8 +411,9 @@ class _TransformedImplicitFunction(_TracedImplicitFunction):
     @staticmethod
     def jvp(ctx, *tangents: Any):
         raise RuntimeError(
-            "an ImplicitGradient has no forward-mode derivative: take reverse mode, as torch.func.jacrev and "
-            "torch.func.vjp do, or gradient=td.UnrolledGradient()"
+            "forward mode around reverse mode, as in torch.func.hessian, is a second derivative of an "
+            "ImplicitGradient: use torch.autograd.functional.hessian and double_backward=True, or "
+            "gradient=td.UnrolledGradient()"
         )
 
 

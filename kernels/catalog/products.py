@@ -41,14 +41,20 @@ def tiles_of(
         for b, n in ((128, 128), (128, 64), (64, 64), (32, 64))
     ]
     block_b, block_n = (16, power(columns)) if whole else min(fitting, key=read)
+    block_k = 64 if narrow else 16 if dtype == "fp64" else 32
+    if whole:
+        block_k = 32 if block_n * BYTES[dtype] <= 1024 else 16
     constants = {
         "BLOCK_B": block_b,
         "BLOCK_N": block_n,
-        "BLOCK_K": 16 if whole or dtype == "fp64" else 64 if narrow else 32,
+        "BLOCK_K": block_k,
         "GROUP": group,
         "ALIGN": gcd(16 // BYTES[dtype], columns, depth),
     }
-    options = {"num_warps": 8 if block_b * block_n >= 8192 else 4, "enable_fp_fusion": True}
+    options = {
+        "num_warps": 8 if block_b * block_n >= (4096 if whole else 8192) else 4,
+        "enable_fp_fusion": True,
+    }
     return constants, options | ({"maxnreg": 128} if paired and (block_b, block_n) == (128, 128) else {})
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
-from ..ops.mlp import MOST_NORM, Norm, mlp, mlp_and_slope, mlp_fwd, mlp_vjp, served
+from ..ops.mlp import Norm, mlp, mlp_and_slope, mlp_fwd, mlp_vjp, normalises, served
 from ..ops.mlp_probe import mlp_jacobian_norms
 from ..ops.mlp_solve import Layer, Linearised, Rule, mlp_solve, mlp_solve_fits
 from ..ops.norm import norm, norm_vjp
@@ -96,13 +96,13 @@ class MLPCell(nn.Module):
         # The weight is asked for last: it may be made anew each time, and `forward` asks for it as well.
         if (
             self.output is None
-            and (self.norm is None or self.width <= MOST_NORM)
             and z.shape == u.shape == out.shape
             and z.shape[-1] == self.width
             and out.is_contiguous()
             and served(z, self.activation, "auto", u)
             and self._as_built
             and served(z, self.activation, "auto", weight := self.state.weight)
+            and (self.norm is None or normalises(weight))
         ):
             mlp_fwd(z, weight, u, self.activation, self._norm, out=out)
         else:

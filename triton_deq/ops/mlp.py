@@ -17,8 +17,8 @@ from ..reference.activations import ACTIVATIONS, Activation
 from .launch import kernels_serve, launch
 from .products import tiles
 
-MOST_NORM = 512
-"""The widest LayerNorm that one program's rows can hold."""
+MOST_NORM = 1024
+"""Bytes of the widest rows that a program normalises itself; it reads the whole weight for a few of them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ def served(z: Tensor, activation: Activation, backend: str, *others: Tensor | No
     """Whether the kernels can compute a layer of these tensors here, and should."""
     known = activation == ACTIVATIONS.get(activation.name)  # equal, since a copied model has a copy of it
     return kernels_serve(z, backend, *others) and known
+
+
+def normalises(weight: Tensor) -> bool:
+    """Whether the kernel applies a LayerNorm to what this weight makes, faster than one after it."""
+    return len(weight) * weight.element_size() <= MOST_NORM
 
 
 def fit(z: Tensor, weight: Tensor, u: Tensor) -> bool:
@@ -59,7 +64,8 @@ def mlp(
         weight: W `[N, K]`, of z's dtype.
         u: `[..., N]`, of z's dtype, with z's leading dimensions or some that broadcast to them.
         activation: one of `ACTIVATIONS`, or one of your own, which the reference computes.
-        norm: fused into the product where no gradient is recorded and N ≤ 512, else applied by PyTorch.
+        norm: fused into the product where no gradient is recorded and a row has at most 1024 bytes,
+            else applied by PyTorch.
 
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
     `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
@@ -68,7 +74,7 @@ def mlp(
         value = reference.mlp(z, weight, u, activation)
     elif recorded(z, weight, u):
         value, _ = MLPFunction.apply(z, weight, u, activation)
-    elif norm is None or len(weight) <= MOST_NORM:
+    elif norm is None or normalises(weight):
         return mlp_fwd(z, weight, u, activation, norm)
     else:
         value = mlp_fwd(z, weight, u, activation)

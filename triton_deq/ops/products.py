@@ -32,17 +32,20 @@ def tiles(
     narrow = like.dtype in (torch.float16, torch.bfloat16)
     if whole:
         block_b, block_n = 16, max(16, next_power_of_2(columns))
+        # More of rows beyond 1024 bytes would not fit shared memory, or spill.
+        block_k = 32 if block_n * like.dtype.itemsize <= 1024 else 16
     else:
         bounds = (most, 128) if narrow else (64, 64)
         block_b, block_n = _tile(rows, columns, *bounds, processors(like.device))
+        block_k = 64 if narrow else 16 if like.dtype == torch.float64 else 32
     grid = (-(-rows // block_b) * -(-columns // block_n),)
     constants = {
         "BLOCK_B": block_b,
         "BLOCK_N": block_n,
-        "BLOCK_K": 16 if whole or like.dtype == torch.float64 else 64 if narrow else 32,
+        "BLOCK_K": block_k,
         "GROUP": group,
         "ALIGN": math.gcd(16 // like.dtype.itemsize, columns, depth),
-        "num_warps": 8 if block_b * block_n >= 8192 else 4,
+        "num_warps": 8 if block_b * block_n >= (4096 if whole else 8192) else 4,
         **(at_most(128) if paired and (block_b, block_n) == SIZES[0] else {}),
     }
     return grid, {**constants, **precision(like.dtype)}

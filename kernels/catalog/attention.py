@@ -91,7 +91,7 @@ def _entry(
         ),
         **(constants or {}),
     }
-    options = {key: values.pop(key) for key in ("num_warps", "num_stages")}
+    options = {key: values.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in values}
     return Entry(
         op="attention",
         name=name_of(kernel, dtype, note),
@@ -158,6 +158,7 @@ def _tiles(dtype: str, rows: int, second: bool, pipelined: bool) -> dict[str, in
         "BLOCK": block,
         "num_warps": warps,
         "num_stages": 2 if narrow or (pipelined and dtype == "fp32") else 1,
+        **({"maxnreg": 255} if second and dtype == "fp32" else {}),
     }
 
 
@@ -177,12 +178,13 @@ ENTRIES = (
     _entry("attention_query_vjp", "bf16", constants=_PLAIN),
     _entry("attention_query_vjp", "fp32", spilled=1200, constants=_PLAIN),
     _entry("attention_query_vjp", "bf16", "second", spilled=160, constants=_BIASES | _SECOND),
-    _entry("attention_query_vjp", "fp32", "second", spilled=8264, constants=_BIASES | _SECOND),
+    _entry("attention_query_vjp", "fp32", "second", spilled=4788, constants=_BIASES | _SECOND),
     _entry("attention_query_vjp", "fp64", "small", constants=_BIASES, **_SMALL),
     _entry("attention_key_vjp", "bf16", spilled=612, constants=_FIRST),
     _entry("attention_key_vjp", "fp32", spilled=1904, constants=_FIRST),
     _entry("attention_key_vjp", "fp16", "odd d", spilled=320, constants=_FIRST, **_ODD),
     _entry("attention_key_vjp", "bf16", "second", spilled=496, constants=_SECOND),
+    _entry("attention_key_vjp", "fp32", "second", spilled=7736, constants=_SECOND),
     _entry("attention_position_vjp", "bf16", spilled=800, constants={"parts": 14} | _FIRST),
     _entry("attention_position_vjp", "fp32", spilled=2324, constants={"parts": 10} | _FIRST),
     _entry("attention_jvp", "bf16"),

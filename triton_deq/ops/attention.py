@@ -18,7 +18,7 @@ from ..backend import recorded
 from ..reference import attention as reference
 from ..reference.attention import Context, Weighted
 from ..reference.record import accumulate_dtype
-from .launch import PROGRAMS, kernels_serve, launch, next_power_of_2, precision
+from .launch import PROGRAMS, at_most, kernels_serve, launch, next_power_of_2, precision
 
 __all__ = [
     "Context",
@@ -365,6 +365,8 @@ def _tiles(dtype: torch.dtype, rows: int, *, second: bool = False, pipelined: bo
         "BLOCK": block,
         "num_warps": warps,
         "num_stages": 2 if narrow or (pipelined and dtype == torch.float32) else 1,
+        # Without a bound ptxas gives some of these as few as 64 registers, and spills 16 kB a thread.
+        **(at_most(255) if second and dtype == torch.float32 else {}),
     }
 
 

@@ -149,7 +149,7 @@ class ImplicitGradient:
     def _pushed(self, f: Function, at: Tensor, value: Tensor, tangent: Tensor) -> Tensor:
         """z* with its tangent `ż = J ż + (∂f/∂θ) θ̇`, of which the last term is that of f(z*)."""
         pullback = torch.func.vjp(f, at)[1]
-        # J from Jᵀ: forward mode inside of forward mode is not for everyone.
+        # J from Jᵀ, because forward mode nests in torch.func alone.
         product = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(at))[1]
         z_tangent, _ = functional_solve(
             lambda x: forward_ad.unpack_dual(product(x)[0]).primal + tangent,

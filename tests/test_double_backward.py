@@ -139,6 +139,16 @@ def test_a_sample_of_small_gradient_keeps_its_second_derivative():
     torch.testing.assert_close(together[1:], alone, rtol=1e-9, atol=1e-9)
 
 
+def test_what_one_pass_takes_away_is_no_bound_for_the_next():
+    """The second derivative alone, small beside the gradient that was asked for first."""
+    x = points(2, 4)
+    (grad,) = torch.autograd.grad((1e20 * solved(x)).sum(), x, create_graph=True)
+    (scaled,) = torch.autograd.grad((1e-20 * grad).square().sum(), x)
+    (grad,) = torch.autograd.grad(solved(x).sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(grad.square().sum(), x)
+    torch.testing.assert_close(scaled, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_one_nan_sample_and_an_empty_batch():
     x = points(3, 4)
     clean = torch.autograd.functional.hessian(lambda x: solved(x).square().sum(), x)

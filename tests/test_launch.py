@@ -206,22 +206,23 @@ def test_one_wave_of_programs_or_programs_of_many_blocks(shape, programs, cut):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "tile"),
+    ("shape", "dtype", "processors", "tile"),
     [
-        ((2100, 48000), torch.bfloat16, (128, 128)),
-        ((2048, 1024), torch.bfloat16, (128, 128)),  # 128 programs for 132 multiprocessors
-        ((1024, 1024), torch.bfloat16, (128, 64)),  # 64 of the largest would leave half of them idle
-        ((512, 512), torch.bfloat16, (32, 64)),
-        ((512, 1024), torch.float16, (64, 64)),
-        ((16, 100000), torch.bfloat16, (16, 128)),
-        ((1024, 1024), torch.float32, (64, 64)),
-        ((256, 1024), torch.float32, (32, 64)),
-        ((3, 5), torch.float64, (16, 16)),
+        ((2100, 48000), torch.bfloat16, 132, (128, 128)),
+        ((2048, 1024), torch.bfloat16, 132, (128, 128)),  # 128 programs
+        ((1024, 1024), torch.bfloat16, 132, (128, 64)),  # 64 of the largest would leave half of them idle
+        ((1024, 1024), torch.bfloat16, 64, (128, 128)),
+        ((512, 512), torch.bfloat16, 132, (32, 64)),
+        ((512, 1024), torch.float16, 132, (64, 64)),
+        ((16, 100000), torch.bfloat16, 132, (16, 128)),
+        ((1024, 1024), torch.float32, 132, (64, 64)),
+        ((256, 1024), torch.float32, 132, (32, 64)),
+        ((3, 5), torch.float64, 132, (16, 16)),
     ],
     ids=str,
 )
-def test_a_product_is_cut_for_the_multiprocessors_that_there_are(shape, dtype, tile, monkeypatch):
-    monkeypatch.setattr(products, "processors", lambda device: 132)
+def test_a_product_is_cut_for_the_multiprocessors_that_there_are(shape, dtype, processors, tile, monkeypatch):
+    monkeypatch.setattr(products, "processors", lambda device: processors)
     grid, constants = products.tiles(*shape, 64, torch.empty(0, dtype=dtype))
     assert (constants["BLOCK_B"], constants["BLOCK_N"]) == tile
     assert grid == (-(-shape[0] // tile[0]) * -(-shape[1] // tile[1]),)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.memcheck import checked
 from triton_deq.backend import interpreting
+from triton_deq.ops import products
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +16,18 @@ def _watched(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with checked():
         yield
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Products as on a GPU of one multiprocessor, which few programs keep busy: the tiles that are chosen."""
+    chosen: list[tuple[int, int]] = []
+    choose = products._tile
+
+    def watched(*arguments: int) -> tuple[int, int]:
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(products, "processors", lambda device: 1)
+    monkeypatch.setattr(products, "_tile", watched)
+    return chosen

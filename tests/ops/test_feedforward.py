@@ -10,7 +10,6 @@ from torch.nn.functional import linear
 from tests.bounds import assert_within_bounds
 from triton_deq import backend as backends
 from triton_deq.ops import feedforward as op
-from triton_deq.ops import products
 from triton_deq.verification import BOUNDS, Case, check_feedforward
 from triton_deq.verification.case import relative_error
 
@@ -49,10 +48,9 @@ def test_kernels_match_the_reference(shape, dtype, device):
 
 
 @kernels
-def test_large_tiles_match_the_reference(device, monkeypatch):
-    """As for a GPU of one multiprocessor, which has enough to do with few programs."""
-    monkeypatch.setattr(products, "processors", lambda device: 1)
+def test_large_tiles_match_the_reference(device, large_tiles):
     assert_within_bounds(check_feedforward(Case(torch.float16, (130, 140), torch.device(device), seed=7)))
+    assert (128, 128) in large_tiles
 
 
 @kernels

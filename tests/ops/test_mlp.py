@@ -8,7 +8,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.bounds import assert_within_bounds
 from triton_deq.ops import mlp as op
-from triton_deq.ops import products
 from triton_deq.ops.mlp_probe import MLPJacobianFunction
 from triton_deq.reference import mlp as reference
 from triton_deq.reference.activations import ACTIVATIONS, Activation
@@ -33,11 +32,12 @@ def test_kernels_match_the_reference(shape, dtype, device):
 
 
 @kernels
-@pytest.mark.parametrize("shape", [(130, 140), (130, 60), (60, 140)], ids=str)
-def test_large_tiles_match_the_reference(shape, device, monkeypatch):
-    """As for a GPU of one multiprocessor, which has enough to do with few programs."""
-    monkeypatch.setattr(products, "processors", lambda device: 1)
+@pytest.mark.parametrize(
+    ("shape", "tile"), [((130, 140), (128, 128)), ((130, 60), (128, 64)), ((60, 140), (64, 128))], ids=str
+)
+def test_large_tiles_match_the_reference(shape, tile, device, large_tiles):
     assert_within_bounds(check_mlp(Case(torch.float16, shape, torch.device(device), seed=7)))
+    assert tile in large_tiles
 
 
 @kernels
@@ -152,6 +152,15 @@ def test_norm_is_pytorchs(width, backend, device):
     torch.testing.assert_close(op.mlp(z, weight, u, ACTIVATIONS["tanh"], norm, backend), wanted)
     with torch.no_grad():
         torch.testing.assert_close(op.mlp(z, weight, u, ACTIVATIONS["tanh"], norm, backend), wanted)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "fused"),
+    [(256, torch.float32, True), (257, torch.float32, False), (512, torch.bfloat16, True)],
+    ids=str,
+)
+def test_rows_of_more_than_a_kilobyte_are_normalised_afterwards(width, dtype, fused):
+    assert op.normalises(torch.empty(width, 3, dtype=dtype)) is fused
 
 
 def test_nan_stays_in_its_sample(backend, device):

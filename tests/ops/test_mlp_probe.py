@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.bounds import assert_within_bounds
-from triton_deq.ops import products
+from triton_deq.ops import mlp_probe as op
 from triton_deq.ops.mlp_probe import MLPJacobianFunction
 from triton_deq.reference.activations import ACTIVATIONS
 from triton_deq.verification import BOUNDS, Case, check_mlp_probe
@@ -21,10 +21,17 @@ def test_the_fused_estimate_matches_the_reference(shape, dtype, device):
 
 
 @kernels
-def test_large_tiles_match_the_reference(device, monkeypatch):
-    """As for a GPU of one multiprocessor, which has enough to do with few programs."""
-    monkeypatch.setattr(products, "processors", lambda device: 1)
+def test_large_tiles_match_the_reference(device, large_tiles):
     assert_within_bounds(check_mlp_probe(Case(torch.float16, (70, 140), torch.device(device), seed=7)))
+    assert (64, 128) in large_tiles
+
+
+@pytest.mark.parametrize(("hip", "warps"), [(None, 16), ("6.4", 8)])
+def test_warps_of_a_large_tile(hip, warps, monkeypatch):
+    """Those of AMD have twice as many threads."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    _, constants = op._tiles(4096, 2048, 2048, torch.empty(0, dtype=torch.bfloat16))
+    assert (constants["BLOCK_B"], constants["BLOCK_N"], constants["num_warps"]) == (64, 128, warps)
 
 
 @kernels

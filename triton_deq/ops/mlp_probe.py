@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import mlp as reference
+from ..reference import mlp_probe as reference
 from ..reference.activations import Activation
 from .jacobian import probe, squared_norm_fwd
 from .launch import launch, most_warps

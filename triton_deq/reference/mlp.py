@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from .activations import Activation
-from .jacobian import squared_norm
 
 
 def mlp(z: Tensor, weight: Tensor, u: Tensor, activation: Activation) -> Tensor:
@@ -42,12 +41,3 @@ def mlp_vjp(
     product = scaled @ weight
     product = product if shift is None else product + shift
     return product if out is None else out.copy_(product)
-
-
-def mlp_jacobian_norms(
-    z: Tensor, weight: Tensor, u: Tensor, probes: Tensor, activation: Activation
-) -> Tensor:
-    """`‖ε_mᵀ J_b‖²` `[M, B]` of the layer's Jacobian, for probes ε `[M, B, N]`."""
-    _, slope = mlp_and_slope(z, weight, u, activation)
-    products = mlp_vjp(probes, slope, weight)
-    return squared_norm(products.flatten(0, 1)).view(products.shape[:2])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference import jacobian as reference_jacobian
 from ..reference import mlp as reference_mlp
+from ..reference import mlp_probe as reference_mlp_probe
 from ..reference.activations import ACTIVATIONS
 from ..solvers import Anderson, solve
 from .case import BOUNDS, LEAST_WIDTH, Case, Row, name_of, poisoned, relative_error, row
@@ -84,7 +85,7 @@ def check_mlp_probe(case: Case, probes: int = 2) -> Iterator[Row]:
                 for m in range(probes)
             ]
         )
-        wanted = reference_mlp.mlp_jacobian_norms(wide[0], wide[1], wide[2], vectors, function)
+        wanted = reference_mlp_probe.mlp_jacobian_norms(wide[0], wide[1], wide[2], vectors, function)
         expected = torch.autograd.grad((wanted * upstream.double()).sum(), wide)
         # Squares: twice the relative error, and in float64 that of the probes, which are float32's.
         bound = 2 * max(BOUNDS[name_of(case.dtype)], BOUNDS["float32"])

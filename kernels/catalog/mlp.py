@@ -231,6 +231,7 @@ ENTRIES = (
     traded(_mlp("fp32", 1024, 1024), 20),
     traded(_mlp("bf16", 4096, 2048), 84),
     traded(_mlp("bf16", 1024, 1024)),
+    _mlp("bf16", 4096, 2048, "slopes", slopes=True),
     traded(_mlp("fp32", 1024, 512, "slopes", slopes=True), 20),
     traded(_mlp("fp32", 1024, 256, "norm", norm=True), 12),
     _mlp("bf16", 1024, 512, "norm", norm=True),

@@ -36,6 +36,7 @@ from .heads import (
     store_sums,
     zero_rows,
 )
+from .primitives import spread, words
 
 # -------------------------------------------------------------------------------------------- tiles of scores
 
@@ -56,14 +57,20 @@ def nearer(BLOCK: tl.constexpr):
 
 @triton.jit
 def shifted(rows, near, far, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr):
-    """A tile of products from those with both blocks of what it is shifted along.
+    """A tile of products from those with both blocks of what it is shifted along."""
+    return turned(chosen(rows, near, far, TF32, OPERAND, WIDE))
 
-    The next tile needs those with one of the two again. To make them anew takes fewer registers than to keep
-    them, and no more instructions.
+
+@triton.jit
+def chosen(rows, near, far, TF32: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr):
+    """What `shifted` turns.
+
+    The next tile needs the products with one of the two again. To make them anew takes fewer registers than
+    to keep them, and no more instructions.
     """
     products = inner(rows, near, TF32, OPERAND, WIDE)
     others = inner(rows, far, TF32, OPERAND, WIDE)
-    return turned(tl.where(nearer(products.shape[0]), products, others))
+    return tl.where(nearer(products.shape[0]), products, others)
 
 
 @triton.jit
@@ -86,17 +93,19 @@ def powers(products, level, SCALE: tl.constexpr):
 
 
 @triton.jit
-def kept(seed_ptr, line, i, j, T, R, DROPOUT: tl.constexpr, WIDE: tl.constexpr):
-    """The dropout mask K of a tile; line: b · H + h; j counts from the first key in memory, as everywhere."""
+def kept(seed_ptr, line, first, start, M, DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The dropout mask K of a tile: queries `first`, ... by keys `start`, ...; line: b · H + h.
+
+    Each line is a stream of `words`, its keys counted from M. Both numbers are multiples of BLOCK then.
+    """
     if DROPOUT == 0:
         return tl.full((), 1.0, WIDE)
     else:
-        entries = (line.to(tl.int64) * T + i) * R + j
-        low = entries.to(tl.uint32)
-        none = tl.zeros_like(low)
-        word, _, _, _ = tl.philox(tl.load(seed_ptr), low, (entries >> 32).to(tl.uint32), none, none)
-        number = (word >> 8).to(tl.float32) * 5.9604644775390625e-8
-        return tl.where(number >= DROPOUT, 1.0, 0.0).to(WIDE) / (1 - DROPOUT)
+        pairs = tl.arange(0, BLOCK // 2)
+        w0, w1, w2, w3 = words(tl.load(seed_ptr), line, first // 2 + pairs, (start - M) // 2 + pairs)
+        number = (spread(w0, w1, w2, w3) >> 8).to(tl.int32)
+        least = tl.cast(-(-(DROPOUT * 16777216.0) // 1), tl.int32)
+        return tl.where(number >= least, 1 / (1 - DROPOUT), 0.0).to(WIDE)
 
 
 @triton.jit
@@ -117,22 +126,22 @@ def seeing_queries(first, T, M, window, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def first_slopes(weights, mask, of_weights, delta):
+def first_slopes(weights, of_weights, delta):
     """`E = P (K g·v − Δ)`, the gradient of `⟨g, o⟩` in S of a tile.
 
-    weights: P. mask: K. of_weights: `g_i·v_j`. delta: `Δ_i = g_i·o_i`, which is `Σ_j P_ij K_ij g_i·v_j`.
+    weights: P. of_weights: `K_ij g_i·v_j`. delta: `Δ_i = g_i·o_i`, which is `Σ_j P_ij K_ij g_i·v_j`.
     """
-    return weights * (of_weights * mask - delta[:, None])
+    return weights * (of_weights - delta[:, None])
 
 
 @triton.jit
-def second_slopes(weights, mask, of_weights, delta, tangent, of_tangents, mean, balance):
+def second_slopes(weights, of_weights, delta, tangent, of_tangents, mean, balance):
     """`F = P ((Ṡ − m) K g·v + K g·c − Ṡ Δ − Y)`, the derivative of E along that of S and of v.
 
-    tangent: Ṡ. of_tangents: `g_i·c_j`, c being the derivative of v. mean: `m_i = Σ_j P Ṡ`. balance: Y, with
-    which the sum of F over the keys is zero.
+    tangent: Ṡ. of_tangents: `K_ij g_i·c_j`, c being the derivative of v. mean: `m_i = Σ_j P Ṡ`. balance: Y,
+    with which the sum of F over the keys is zero.
     """
-    bent = (tangent - mean[:, None]) * (of_weights * mask) + of_tangents * mask - tangent * delta[:, None]
+    bent = (tangent - mean[:, None]) * of_weights + of_tangents - tangent * delta[:, None]
     return weights * (bent - balance[:, None])
 
 
@@ -222,8 +231,7 @@ def attention_kernel(
         faded = tl.exp2((highest - level) * 1.4426950408889634)
         total = total * faded + tl.sum(weights, axis=1)
         if DROPOUT > 0:
-            j = start + lanes
-            weights *= kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
+            weights *= kept(seed_ptr, line, first, start, M, DROPOUT, WIDE, BLOCK)
         values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY, True)
         value = mixed(weights, values, scaled(value, faded[:, None]), TF32, OPERAND, WIDE)
         highest = raised
@@ -324,18 +332,17 @@ def attention_query_vjp_kernel(
         products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
         weights = powers(products, sums, SCALE)
         values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY, NARROW)
-        of_weights = inner(vector, values, TF32, OPERAND, WIDE)
-        j = start + lanes
-        mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
-        slopes = first_slopes(weights, mask, of_weights, delta)
+        mask = kept(seed_ptr, line, first, start, M, DROPOUT, WIDE, BLOCK)
+        of_weights = inner(vector, values, TF32, OPERAND, WIDE) * mask
+        slopes = first_slopes(weights, of_weights, delta)
         if SECOND:
-            b = load_rows(b_ptr + offset, H * HEAD[2], j - M, T, HEAD)
-            c = load_rows(c_ptr + offset, H * HEAD[2], j - M, T, HEAD)
+            b = load_rows(b_ptr + offset, H * HEAD[2], start - M + lanes, T, HEAD)
+            c = load_rows(c_ptr + offset, H * HEAD[2], start - M + lanes, T, HEAD)
             current = start >= M
             tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
             by_content = mixed(tl.where(current, slopes, 0), b, by_content, TF32, OPERAND, WIDE)
-            of_tangents = tl.where(current, inner(vector, c, TF32, OPERAND, WIDE), 0)
-            slopes = second_slopes(weights, mask, of_weights, delta, tangent, of_tangents, mean, balance)
+            of_tangents = tl.where(current, inner(vector, c, TF32, OPERAND, WIDE) * mask, 0)
+            slopes = second_slopes(weights, of_weights, delta, tangent, of_tangents, mean, balance)
         by_content = mixed(slopes, keys, by_content, TF32, OPERAND, WIDE)
         slopes = turned(slopes.to(OPERAND))
         of_near, of_far = tl.where(nearer(BLOCK), slopes, 0), tl.where(nearer(BLOCK), 0, slopes)
@@ -387,6 +394,7 @@ def attention_key_vjp_kernel(
     M,
     count,
     before,
+    lead,
     window,
     places,
     SECOND: tl.constexpr,
@@ -402,14 +410,15 @@ def attention_key_vjp_kernel(
 
     keys, values: [B, count, H, d], the current ones with before = M, those in memory with before = 0, which
         counts the keys on the left of them
+    lead: how many rows before the first one the first block begins, so that one ends at M
     gradients: [B, count, places, H, d], of keys and values in the last two places
     delta: as `attention_query_vjp_kernel` leaves it
     SECOND, a, b, c, mean, balance: as there
     """
-    row, sample, head, line = block_of(count, H, BLOCK)
+    row, sample, head, line = block_of(lead + count, H, BLOCK)
     lanes = tl.arange(0, BLOCK)
-    rows = row + lanes
-    start, j = row + before, rows + before
+    rows = row - lead + lanes
+    start = row - lead + before
     keys_ptr = at_head(keys_ptr, key_layout, sample, head, HEAD)
     values_ptr = at_head(values_ptr, value_layout, sample, head, HEAD)
     keys = load_rows(keys_ptr, key_layout[2], rows, count, HEAD)
@@ -422,8 +431,8 @@ def attention_key_vjp_kernel(
     if SECOND:
         offset = (sample.to(tl.int64) * T * H + head) * HEAD[2]
         a_ptr += offset
-        b = load_rows(b_ptr + offset, H * HEAD[2], j - M, T, HEAD)
-        c = load_rows(c_ptr + offset, H * HEAD[2], j - M, T, HEAD)
+        b = load_rows(b_ptr + offset, H * HEAD[2], start - M + lanes, T, HEAD)
+        c = load_rows(c_ptr + offset, H * HEAD[2], start - M + lanes, T, HEAD)
         mean_ptr += line.to(tl.int64) * T
         balance_ptr += line.to(tl.int64) * T
 
@@ -445,10 +454,10 @@ def attention_key_vjp_kernel(
         sums = tl.load(sums_ptr + i, mask=i < T, other=0)
         weights = powers(products, sums, SCALE)
         vector = load_rows(vector_ptr, vector_layout[2], i, T, HEAD)
-        of_weights = inner(vector, values, TF32, OPERAND, WIDE)
+        mask = kept(seed_ptr, line, first, start, M, DROPOUT, WIDE, BLOCK)
+        of_weights = inner(vector, values, TF32, OPERAND, WIDE) * mask
         delta = tl.load(delta_ptr + i, mask=i < T, other=0)
-        mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
-        slopes = first_slopes(weights, mask, of_weights, delta)
+        slopes = first_slopes(weights, of_weights, delta)
         if SECOND:
             a = load_rows(a_ptr, H * HEAD[2], i, T, HEAD)
             mean = tl.load(mean_ptr + i, mask=i < T, other=0)
@@ -456,13 +465,14 @@ def attention_key_vjp_kernel(
             current = start >= M
             tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
             of_keys = mixed(tl.trans(slopes.to(OPERAND)), a, of_keys, TF32, OPERAND, WIDE)
-            of_tangents = tl.where(current, inner(vector, c, TF32, OPERAND, WIDE), 0)
-            slopes = second_slopes(weights, mask, of_weights, delta, tangent, of_tangents, mean, balance)
+            of_tangents = tl.where(current, inner(vector, c, TF32, OPERAND, WIDE) * mask, 0)
+            slopes = second_slopes(weights, of_weights, delta, tangent, of_tangents, mean, balance)
             weights *= tangent - mean[:, None]
         of_values = mixed(tl.trans((weights * mask).to(OPERAND)), vector, of_values, TF32, OPERAND, WIDE)
         of_keys = mixed(tl.trans(slopes.to(OPERAND)), content, of_keys, TF32, OPERAND, WIDE)
 
     stride = places * H * HEAD[2]
+    rows = tl.where(rows < 0, count, rows)  # those before the first are not stored either
     gradients_ptr += sample.to(tl.int64) * count * stride + ((places - 2) * H + head) * HEAD[2]
     store_rows(gradients_ptr, stride, rows, count, scaled(of_keys, SCALE), HEAD)
     store_rows(gradients_ptr + H * HEAD[2], stride, rows, count, of_values, HEAD)
@@ -551,11 +561,15 @@ def attention_position_vjp_kernel(
             vector = load_rows(vector_head, vector_layout[2], i, T, HEAD)
             near_values = load_keys(value_source, base - BLOCK, lanes, T, M, HEAD, MEMORY, NARROW)
             far_values = load_keys(value_source, base, lanes, T, M, HEAD, MEMORY, NARROW)
-            of_weights = shifted(vector, near_values, far_values, TF32, OPERAND, WIDE)
+            if DROPOUT > 0:
+                near_mask = kept(seed_ptr, line, first, base - BLOCK, M, DROPOUT, WIDE, BLOCK)
+                far_mask = kept(seed_ptr, line, first, base, M, DROPOUT, WIDE, BLOCK)
+                mask = tl.where(nearer(BLOCK), near_mask, far_mask)
+            else:
+                mask = tl.full((), 1.0, WIDE)
+            of_weights = turned(chosen(vector, near_values, far_values, TF32, OPERAND, WIDE) * mask)
             delta = tl.load(delta_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
-            j = i[:, None] + M - distance[None, :]
-            mask = kept(seed_ptr, line, i[:, None], j, T, M + T, DROPOUT, WIDE)
-            slopes = first_slopes(weights, mask, of_weights, delta)
+            slopes = first_slopes(weights, of_weights, delta)
             if SECOND:
                 a = load_rows(a_ptr + offset, H * HEAD[2], i, T, HEAD)
                 mean = tl.load(mean_ptr + line.to(tl.int64) * T + i, mask=i < T, other=0)
@@ -567,12 +581,14 @@ def attention_position_vjp_kernel(
                 tangent = shifted(a, near_keys, far_keys, TF32, OPERAND, WIDE) + inner(
                     a, r, TF32, OPERAND, WIDE
                 )
-                tangent = SCALE * (tangent + tl.where(j >= M, of_b, 0))
+                current = distance[None, :] <= i[:, None]  # the key is, and not in memory
+                tangent = SCALE * (tangent + tl.where(current, of_b, 0))
                 near_c = load_rows(c_ptr + offset, H * HEAD[2], near_place, T, HEAD)
                 far_c = load_rows(c_ptr + offset, H * HEAD[2], far_place, T, HEAD)
-                of_c = tl.where(j >= M, shifted(vector, near_c, far_c, TF32, OPERAND, WIDE), 0)
+                of_c = turned(chosen(vector, near_c, far_c, TF32, OPERAND, WIDE) * mask)
+                of_c = tl.where(current, of_c, 0)
                 total = mixed(tl.trans(slopes.to(OPERAND)), a, total, TF32, OPERAND, WIDE)
-                slopes = second_slopes(weights, mask, of_weights, delta, tangent, of_c, mean, balance)
+                slopes = second_slopes(weights, of_weights, delta, tangent, of_c, mean, balance)
             total = mixed(tl.trans(slopes.to(OPERAND)), position, total, TF32, OPERAND, WIDE)
 
     gradients_ptr += (part.to(tl.int64) * (M + T) * H + head) * HEAD[2]
@@ -651,16 +667,15 @@ def attention_jvp_kernel(
         products += inner(content, keys, TF32, OPERAND, WIDE)
         products = masked(products, base + lanes[:, None] - lanes[None, :], reached)
         weights = powers(products, sums, SCALE)
-        j = start + lanes
-        mask = kept(seed_ptr, line, i[:, None], j[None, :], T, M + T, DROPOUT, WIDE)
-        b = load_rows(b_ptr + offset, H * HEAD[2], j - M, T, HEAD)
+        mask = kept(seed_ptr, line, first, start, M, DROPOUT, WIDE, BLOCK)
+        b = load_rows(b_ptr + offset, H * HEAD[2], start - M + lanes, T, HEAD)
         current = start >= M
         tangent = tangent_scores(a, content, keys, b, near, far, current, SCALE, TF32, OPERAND, WIDE)
         moved = weights * tangent
         mean += tl.sum(moved, axis=1)
         values = load_keys(value_source, start, lanes, T, M, HEAD, MEMORY, True)
         derivative = mixed(moved * mask, values, derivative, TF32, OPERAND, WIDE)
-        c = load_rows(c_ptr + offset, H * HEAD[2], j - M, T, HEAD)
+        c = load_rows(c_ptr + offset, H * HEAD[2], start - M + lanes, T, HEAD)
         weights = tl.where(current, weights * mask, 0)
         derivative = mixed(weights, c, derivative, TF32, OPERAND, WIDE)
 

@@ -37,7 +37,8 @@ def feedforward_kernel(
     s: [B, K]    weight: [N, K]    bias: [N]    mask m, with MASK: [B / per, N]    inner h: [B, N]
     """
     N, K = multiple(N, ALIGN), multiple(K, ALIGN)
-    begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    begin, first = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    columns = first + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < B
     s_ptr += begin.to(tl.int64) * K
@@ -92,7 +93,8 @@ def feedforward_vjp_kernel(
     vector v: [B, K]    matrix V: [K, N]    inner h, out: [B, N]
     """
     N, K = multiple(N, ALIGN), multiple(K, ALIGN)
-    begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    begin, first = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    columns = first + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < B
     vector_ptr += begin.to(tl.int64) * K

@@ -6,31 +6,26 @@ The formulas stand in triton_deq/reference/jacobian.py, which gives the same pro
 import triton
 import triton.language as tl
 
-from .primitives import gaussian_pair, sign
+from .primitives import probe_quads
 
 
-@triton.jit(do_not_specialize=["index"])
-def probe_kernel(out_ptr, seed_ptr, index, total, quarter, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Fill out: [total] with N(0, 1) or ±1. seed: [1] int64; index: number of the probe in its stream.
+@triton.jit(do_not_specialize=["index", "B"])
+def probe_kernel(out_ptr, seed_ptr, index, B, N, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill out: [B, N] with N(0, 1) or ±1. seed: [1] int64; index: number of the probe in its stream.
 
-    Counter c gives the entries c, c + quarter, c + 2·quarter, c + 3·quarter: four coalesced stores.
+    A program writes BLOCK columns of two rows, r and r + 8, whose entries come from the same counters.
     """
-    counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    low = counter.to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    stream = tl.zeros_like(low) + index.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), low, high, stream, tl.zeros_like(low))
-    if GAUSSIAN:
-        e0, e1 = gaussian_pair(w0, w1)
-        e2, e3 = gaussian_pair(w2, w3)
-    else:
-        e0, e1, e2, e3 = sign(w0), sign(w1), sign(w2), sign(w3)
-
-    own = counter < quarter
-    tl.store(out_ptr + counter, e0, mask=own & (counter < total))
-    tl.store(out_ptr + quarter + counter, e1, mask=own & (quarter + counter < total))
-    tl.store(out_ptr + 2 * quarter + counter, e2, mask=own & (2 * quarter + counter < total))
-    tl.store(out_ptr + 3 * quarter + counter, e3, mask=own & (3 * quarter + counter < total))
+    blocks = tl.cdiv(N, BLOCK)
+    pair, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    columns = first // 2 + tl.arange(0, BLOCK // 2)
+    pairs = tl.full([1], 0, tl.int32) + pair
+    e0, e1, e2, e3 = probe_quads(tl.load(seed_ptr), index, pairs, columns, GAUSSIAN)
+    upper, lower = tl.reshape(tl.join(e0, e1), [BLOCK]), tl.reshape(tl.join(e2, e3), [BLOCK])
+    row = pair // 8 * 16 + pair % 8
+    entries = first + tl.arange(0, BLOCK)
+    out_ptr += row.to(tl.int64) * N
+    tl.store(out_ptr + entries, upper, mask=entries < N)
+    tl.store(out_ptr + tl.full((), N, tl.int64) * 8 + entries, lower, mask=(entries < N) & (row + 8 < B))
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -44,7 +44,8 @@ def mlp_kernel(
     NORM: BLOCK_N is at least N.
     """
     N, K = multiple(N, ALIGN), multiple(K, ALIGN)
-    begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    begin, first = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    columns = first + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < B
     z_ptr += begin.to(tl.int64) * K
@@ -108,7 +109,8 @@ def mlp_vjp_kernel(
     vector: [ROWS, K], ROWS a multiple of B    slope: [B, K]    weight: [K, N]    shift, out: [ROWS, N]
     """
     N, K = multiple(N, ALIGN), multiple(K, ALIGN)
-    begin, columns = tile_of(N, ROWS, BLOCK_B, BLOCK_N, GROUP)
+    begin, first = tile_of(N, ROWS, BLOCK_B, BLOCK_N, GROUP)
+    columns = first + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     present = begin + rows < ROWS
     scale_rows = ((begin + rows) % B).to(tl.int64)

@@ -6,7 +6,7 @@ The formulas stand in triton_deq/ops/mlp_probe.py.
 import triton
 import triton.language as tl
 
-from .primitives import activation_curvature, activation_slope, probe_entries
+from .primitives import activation_curvature, activation_slope, probe_tile
 from .products import multiple, product, tile_of
 
 
@@ -21,7 +21,6 @@ def mlp_probe_kernel(
     B,
     N,
     K,
-    quarter,
     ACTIVATION: tl.constexpr,
     PROBES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -39,11 +38,10 @@ def mlp_probe_kernel(
     The product of these vectors with W is `ε_mᵀ J`. No probe is ever in memory.
 
     z: [B, K]    weight: [N, K]    injection, curvature: [B, N]    seed: [1] int64    vectors: [PROBES, B, N]
-    quarter: of B · N, rounded up
     """
     N, K = multiple(N, ALIGN), multiple(K, ALIGN)
-    begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
-    rows = tl.arange(0, BLOCK_B)
+    begin, first = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    rows, columns = tl.arange(0, BLOCK_B), first + tl.arange(0, BLOCK_N)
     present = begin + rows < B
     z_ptr += begin.to(tl.int64) * K
     a = product(
@@ -72,7 +70,7 @@ def mlp_probe_kernel(
     seed = tl.load(seed_ptr)
     for m in range(PROBES):
         stream = tl.full((), m, tl.int32)
-        entries = probe_entries(seed, stream, tile, quarter, GAUSSIAN)
+        entries = probe_tile(seed, stream, begin, first, BLOCK_B, BLOCK_N, GAUSSIAN)
         tl.store(vectors_ptr + m * B.to(tl.int64) * N + tile, entries * slope, mask=inside)
 
 
@@ -86,7 +84,6 @@ def mlp_probe_vjp_kernel(
     B,
     N,
     K,
-    quarter,
     PROBES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     TF32: tl.constexpr,
@@ -100,11 +97,11 @@ def mlp_probe_vjp_kernel(
 ):
     """`act″(a) ⊙ Σ_m ε_m ⊙ (p̄_m Wᵀ)`: the gradient in a, from p̄_m, those in the products `p_m = ε_mᵀ J`.
 
-    products p̄: [PROBES, B, K]    weight: [N, K]    curvature, out: [B, N]    seed, quarter: as there
+    products p̄: [PROBES, B, K]    weight: [N, K]    curvature, out: [B, N]    seed: as there
     """
     N, K = multiple(N, ALIGN), multiple(K, ALIGN)
-    begin, columns = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
-    rows = tl.arange(0, BLOCK_B)
+    begin, first = tile_of(N, B, BLOCK_B, BLOCK_N, GROUP)
+    rows, columns = tl.arange(0, BLOCK_B), first + tl.arange(0, BLOCK_N)
     present = begin + rows < B
     products_ptr += begin.to(tl.int64) * K
     inside = present[:, None] & (columns < N)[None, :]
@@ -131,6 +128,6 @@ def mlp_probe_vjp_kernel(
             WIDE,
         )
         stream = tl.full((), m, tl.int32)
-        total += probe_entries(seed, stream, tile, quarter, GAUSSIAN) * back
+        total += probe_tile(seed, stream, begin, first, BLOCK_B, BLOCK_N, GAUSSIAN) * back
     curvature = tl.load(curvature_ptr + tile, mask=inside, other=0).to(WIDE)
     tl.store(out_ptr + tile, total * curvature, mask=inside)

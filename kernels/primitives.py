@@ -301,23 +301,45 @@ def sign(word):
 
 
 @triton.jit
-def probe_entries(seed, stream, entries, quarter, GAUSSIAN: tl.constexpr):
-    """Entries, by their numbers (int64), of probe `stream` of a seed; quarter: of its length, rounded up.
+def words(seed, stream, rows, columns):
+    """Random words of 32 bits as in triton_deq/reference/jacobian.py: those of a counter, `[R, C]` each.
 
-    The same numbers as `probe_kernel` gives, which makes four entries of one counter.
+    rows, columns: numbers of pairs of rows, r and r + 8, and of columns side by side. The words are of (row
+    r, even column), (r, odd column), (r + 8, even column), (r + 8, odd column).
     """
-    lane = (
-        (entries >= quarter).to(tl.int32)
-        + (entries >= 2 * quarter).to(tl.int32)
-        + (entries >= 3 * quarter).to(tl.int32)
-    )
-    counter = entries - lane * quarter
-    low = counter.to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    index = tl.zeros_like(low) + stream.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, index, tl.zeros_like(low))
+    column, row = tl.broadcast(columns[None, :].to(tl.uint32), rows[:, None].to(tl.uint32))
+    none = tl.zeros_like(row)
+    return tl.philox(seed, column, row, none + stream.to(tl.uint32), none)
+
+
+@triton.jit
+def spread(e0, e1, e2, e3):
+    """The tile `[2R, 2C]` of what was made of the four words of each pair, R being a multiple of 8.
+
+    Those four stand where a thread holds the result of a tensor core's product (c0 to c3 of m16n8), so that
+    nothing moves between threads where such a product meets the tile.
+    """
+    R: tl.constexpr = e0.shape[0]
+    C: tl.constexpr = e0.shape[1]
+    tile = tl.reshape(tl.join(tl.join(e0, e1), tl.join(e2, e3)), [R // 8, 8, C, 2, 2])
+    return tl.reshape(tl.permute(tile, [0, 4, 1, 2, 3]), [2 * R, 2 * C])
+
+
+@triton.jit
+def probe_quads(seed, stream, rows, columns, GAUSSIAN: tl.constexpr):
+    """Entries of probe `stream` of a seed, N(0, 1) or ±1, in the places of `words`."""
+    w0, w1, w2, w3 = words(seed, stream, rows, columns)
     if GAUSSIAN:
-        along, across = gaussian_pair(tl.where(lane < 2, w0, w2), tl.where(lane < 2, w1, w3))
-        return tl.where((lane & 1) == 1, across, along)
+        e0, e1 = gaussian_pair(w0, w1)
+        e2, e3 = gaussian_pair(w2, w3)
+        return e0, e1, e2, e3
     else:
-        return sign(tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)))
+        return sign(w0), sign(w1), sign(w2), sign(w3)
+
+
+@triton.jit
+def probe_tile(seed, stream, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """The tile of a probe that begins at `row`, a multiple of 16, and `column`, an even number."""
+    rows, columns = row // 2 + tl.arange(0, ROWS // 2), column // 2 + tl.arange(0, COLUMNS // 2)
+    e0, e1, e2, e3 = probe_quads(seed, stream, rows, columns, GAUSSIAN)
+    return spread(e0, e1, e2, e3)

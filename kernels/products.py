@@ -24,14 +24,14 @@ def multiple(number, ALIGN: tl.constexpr):
 
 @triton.jit
 def tile_of(N, ROWS, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The first row and the columns of this program; GROUP row blocks share what they read of the matrix."""
+    """This program's first row and column; GROUP row blocks share what they read of the matrix."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(ROWS, BLOCK_B)
     wide = GROUP * tl.cdiv(N, BLOCK_N)
     first = program // wide * GROUP
     size = tl.minimum(row_blocks - first, GROUP)
     row_block = first + program % wide % size
-    return row_block * BLOCK_B, program % wide // size * BLOCK_N + tl.arange(0, BLOCK_N)
+    return row_block * BLOCK_B, program % wide // size * BLOCK_N
 
 
 @triton.jit

@@ -449,29 +449,54 @@ ENTRIES = (
 '''
 
 
-def test_what_a_step_of_a_solver_reads_is_on_its_way_before_its_first_barrier(tmp_path):
+STEPPING = [f"anderson_{part}[fp32,m=6]" for part in ("residual", "advance", "step")]
+STEPPING.append("broyden_advance[fp32,m=10]")
+RANDOM = ["attention[bf16]", "attention[bf16,dropout]", "mlp_probe[fp32,D=1024,gaussian]"]
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    """PTX for sm_90 of the entries above, by their names."""
+    folder = tmp_path_factory.mktemp("assembly")
+    names = [*STEPPING, *RANDOM]
+    chosen = [option for name in names for option in ("--kernel", name)]
+    done = command(*chosen, "--target", "sm_90", "--asm", str(folder))
+    assert done.returncode == 0, done.stderr
+    files = {re.sub(r"\W+", "_", file.name.split(".sm_90")[0]): file for file in folder.glob("*.ptx")}
+    assert len(files) == len(names)
+    return {name: files[re.sub(r"\W+", "_", name).strip("_")].read_text() for name in names}
+
+
+def test_what_a_step_of_a_solver_reads_is_on_its_way_before_its_first_barrier(assembly):
     """No compiler moves a load above a barrier, so each one behind it would be waited for by itself.
 
     Behind it stand, at most, the loads of a program's next block.
     """
-    names = [f"anderson_{part}[fp32,m=6]" for part in ("residual", "advance", "step")]
-    names.append("broyden_advance[fp32,m=10]")
-    chosen = [option for name in names for option in ("--kernel", name)]
-    done = command(*chosen, "--target", "sm_90", "--asm", str(tmp_path))
-    assert done.returncode == 0, done.stderr
     blocks = {"residual": (8, 0), "advance": (7, 7), "step": (14, 0)}  # rows of a block before it, and behind
-    files = sorted(tmp_path.glob("*.ptx"))
-    assert len(files) == len(names)
-    for file in files:
-        solver, part = file.name.split("_")[:2]
-        before, barrier, behind = file.read_text().partition("bar.sync")
+    for name in STEPPING:
+        solver, part = name.split("[")[0].split("_")
+        before, barrier, behind = assembly[name].partition("bar.sync")
         assert barrier
         found = tuple(text.count("ld.global.v4.b32") for text in (before, behind))
         rows = blocks[part] if solver == "anderson" else (12, 12)
-        assert found == tuple(2 * count for count in rows), file.name
+        assert found == tuple(2 * count for count in rows), name
         if part != "residual":  # all warps have read a record when one of them renews it
             assert "ld.global.b64" not in behind
             assert "st.global.b64" not in before
+
+
+def test_random_words_are_made_once_and_where_they_are_needed(assembly):
+    """A thread takes four entries from a call of Philox, and no tile of them goes through shared memory."""
+    plain, *drawing = RANDOM
+    assert assembly[drawing[0]].count("bar.sync") == assembly[plain].count("bar.sync")
+    for name in drawing:
+        entry = next(each for each in ENTRIES if each.name == name)
+        rows, columns = (
+            entry.arguments.get(key, entry.arguments.get("BLOCK")) for key in ("BLOCK_B", "BLOCK_N")
+        )
+        calls = rows * columns // (32 * entry.options["num_warps"]) // 4
+        # Ten rounds each, of which the first need no product; some compilers make both halves by themselves.
+        assert 0 < assembly[name].count("-766435501") <= 2 * 10 * calls, name
 
 
 RENEWING = {"anderson_advance": 6, "anderson_step": 6, "broyden_residual": 10, "broyden_advance": 10}

@@ -9,8 +9,6 @@ from .entry import BYTES, MANY, ODD, Budget, Entry, Pointer, Rows, budget_of, na
 def _probe(
     dtype: str, distribution: str, shape: tuple[int, int], note: str = "", budget: Budget | None = None
 ) -> Entry:
-    total = shape[0] * shape[1]
-    quarter = -(-total // 4)
     return Entry(
         op="jacobian",
         name=name_of("probe", dtype, distribution, note),
@@ -20,10 +18,10 @@ def _probe(
             "out_ptr": Pointer(dtype),
             "seed_ptr": Pointer("i64"),
             "index": 0,
-            "total": total,
-            "quarter": quarter,
+            "B": shape[0],
+            "N": shape[1],
             "GAUSSIAN": distribution == "gaussian",
-            "BLOCK": min(1 << (quarter - 1).bit_length(), 1024),
+            "BLOCK": max(2, min(1 << (shape[1] - 1).bit_length(), 2048)),
         },
         contiguous=("out_ptr",),
         traffic=lambda entry, batch, entries: batch * entries * BYTES[entry.dtype] + 8,

@@ -127,7 +127,6 @@ def _mlp_estimate(
             "B": batch,
             "N": width,
             "K": width,
-            "quarter": -(-batch * width // 4),
             **constants,
             **precision_of(dtype),
             **tiles,
@@ -136,7 +135,7 @@ def _mlp_estimate(
         traffic=traffic,
         work=lambda entry, batch, width: (
             {unit: products * count for unit, count in _mlp_work(entry, batch, width).items()}
-            | {"int32": 100 * probes * batch * width}
+            | {"int32": 25 * probes * batch * width}
         ),
         budget=_mlp_budget(dtype, width),
         options=options,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.bounds import assert_within_bounds
 from triton_deq.ops import attention as op
 from triton_deq.reference import attention as reference
-from triton_deq.reference.jacobian import uniform
+from triton_deq.reference.attention import dropout_mask
 from triton_deq.verification import BOUNDS, Case, check_attention
 
 kernels = pytest.mark.kernels
@@ -45,7 +45,7 @@ def by_loops(q, k, v, context):
     window = context.window or memory + queries
     keep = torch.ones(batch, heads, queries, memory + queries)
     if context.dropout:
-        keep = (uniform(keep.shape, context.seed) >= context.dropout) / (1 - context.dropout)
+        keep = dropout_mask(context, keep.shape)
     value = torch.zeros_like(q)
     for b in range(batch):
         for h in range(heads):

@@ -27,16 +27,30 @@ def test_kernels_match_the_reference(check, dtype, shape, device):
 
 def test_philox_known_answers():
     """The known-answer vectors of Random123 1.14 for philox4x32-10."""
-    (w0, w2), (w1, w3) = reference._philox(torch.zeros(1, dtype=torch.int64), 0, 1, 0)
+    zero = torch.zeros(1, dtype=torch.int64)
+    (w0, w2), (w1, w3) = reference._philox(zero, zero, zero)
     assert [word.item() for word in (w0, w1, w2, w3)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-@pytest.mark.parametrize("begin", [0, (1 << 32) - 2], ids=["first counters", "counters of two words"])
+@pytest.mark.parametrize("first", [0, 4, -6], ids=["", "later columns", "columns before the first"])
 @pytest.mark.parametrize("seed", [SEED, ~SEED], ids=["positive", "negative"])
-def test_philox_is_the_same_from_numpy_and_from_operators(monkeypatch, seed, begin):
-    on_host = reference._philox(seed, begin, 5, 3)
+def test_words_are_the_same_from_numpy_and_from_operators(monkeypatch, seed, first):
+    on_host = reference.words(seed, torch.tensor([3, 1]), 37, 10, first)
     monkeypatch.setattr(reference, "_on_host", lambda seed: False)
-    assert torch.equal(torch.stack(on_host), torch.stack(reference._philox(seed, begin, 5, 3)))
+    assert torch.equal(on_host, reference.words(seed, torch.tensor([3, 1]), 37, 10, first))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 9, 16, 20, 37])
+def test_words_are_those_of_their_counters(rows):
+    """One at a time; and a table that begins elsewhere, or has fewer rows, is a part of the larger one."""
+    found = reference.words(SEED, torch.tensor([5]), rows, 6, -2)[0]
+    for row in range(rows):
+        for column in range(-2, 4):
+            counter = torch.tensor([((row // 16 * 8 + row % 8) << 32) | (column // 2 & 0xFFFFFFFF)])
+            even, odd = reference._philox(SEED, counter, torch.tensor([5]))
+            assert found[row, column + 2] == (odd if column % 2 else even)[row // 8 % 2]
+    assert found.unique().numel() == found.numel()
+    assert torch.equal(found[:, 2:], reference.words(SEED, torch.tensor([5]), 40, 4)[0, :rows])
 
 
 def test_each_index_and_seed_has_its_own_probe(backend, device):

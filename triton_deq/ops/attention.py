@@ -428,9 +428,10 @@ def key_gradients(
     keys_and_values = (memory_keys, memory_values) if memory else current
     tensors, layouts = zip(vector, q, *keys_and_values, positions, strict=True)
     tiles = _tiles(given.dtype, count, second=tangents is not None)
+    lead = -count % tiles["BLOCK"] if memory else 0
     launch(
         _kernels().attention_key_vjp_kernel,
-        (batch * heads * -(-count // tiles["BLOCK"]),),
+        (batch * heads * -(-(lead + count) // tiles["BLOCK"]),),
         *tensors,
         *given.constants,
         evaluated.sums,
@@ -443,6 +444,7 @@ def key_gradients(
         context.memory,
         count,
         0 if memory else context.memory,
+        lead,
         given.window,
         gradients.shape[2],
         SECOND=tangents is not None,

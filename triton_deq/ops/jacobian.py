@@ -39,16 +39,18 @@ def probe(
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     if out.numel() == 0:
         return out
-    quarter = -(-out.numel() // 4)
-    block = min(next_power_of_2(quarter), 1024)
+    rows = like.shape[0] if like.dim() else 1
+    columns = out.numel() // rows
+    block = max(2, min(next_power_of_2(columns), 2048))
+    pairs = rows // 16 * 8 + min(rows % 16, 8)
     launch(
         _kernels().probe_kernel,
-        (-(-quarter // block),),
+        (pairs * -(-columns // block),),
         out,
         seed,
         index,
-        out.numel(),
-        quarter,
+        rows,
+        columns,
         GAUSSIAN=distribution == "gaussian",
         BLOCK=block,
     )

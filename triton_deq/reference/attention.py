@@ -10,13 +10,14 @@ further to the left than that of the query before it, so the same memory, read w
 keys in order.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import tracked
-from .jacobian import uniform
+from .jacobian import words
 
 
 class Context(NamedTuple):
@@ -156,7 +157,17 @@ def _dropped(weights: Tensor, context: Context) -> Tensor:
 
 
 def dropout_mask(context: Context, shape: torch.Size) -> Tensor:
-    """K in float32: an entry is kept, and divided by 1 − p, where its uniform number is at least p."""
+    """K in float32, `[B, H, T, M + T]`: 1/(1 − p) where an entry's number is at least p, 0 elsewhere.
+
+    Its number is the upper 24 bits of its word: rows are queries, columns are keys, counted from the first
+    one that is not in memory, and each head of each sample has a stream of its own.
+    """
     assert context.seed is not None
-    kept = uniform(shape, context.seed) >= context.dropout
+    batch, heads, queries, keys = shape
+    memory = keys - queries
+    before = memory + memory % 2
+    streams = torch.arange(batch * heads, device=context.seed.device)
+    found = words(context.seed, streams, queries, before + queries + queries % 2, -before)
+    found = found[:, :, before - memory : before + queries].unflatten(0, (batch, heads))
+    kept = found >> 8 >= math.ceil(context.dropout * 2**24)
     return kept.to(torch.float32) / (1 - context.dropout)

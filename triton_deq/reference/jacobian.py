@@ -19,31 +19,25 @@ _CONSTANTS = (0xD2511F53, 0xCD9E8D57), (0xBB67AE85, 0x9E3779B9)
 """The multipliers, and what is added to the keys after each round."""
 _WORD = 0xFFFFFFFF
 
-BLOCK = 1 << 14
-"""Counters taken at a time, so that the words stay in a CPU's cache."""
-
 
 def probe(shape: torch.Size, seed: Tensor, index: int, distribution: str, dtype: torch.dtype) -> Tensor:
     """A random probe of `shape` on the seed's device, the same entries for the same seed and index.
 
-    seed: int64 `[1]`. Counter c of the stream gives the four entries c, c + q, c + 2q, c + 3q of the
-    flattened probe, q being a quarter of its length.
-    distribution: "gaussian", N(0, 1) by Box-Muller; "rademacher", ±1.
+    seed: int64 `[1]`. Samples are rows of `words` of stream `index`, and a sample's entries columns.
+    distribution: "gaussian", N(0, 1) by Box-Muller from two columns side by side; "rademacher", ±1.
     """
     total = math.prod(shape)
-    quarter = -(-total // 4)
-    out = torch.empty(2, 2, quarter, dtype=dtype, device=seed.device)
-    length = BLOCK if _on_host(seed) else max(quarter, 1)
-    for begin in range(0, quarter, length):
-        block = out[:, :, begin : begin + length]
-        first, second = _philox(seed, begin, block.shape[2], index)
-        if distribution == "rademacher":
-            entries = 1.0 - 2.0 * (first & 1), 1.0 - 2.0 * (second & 1)
-        else:
-            entries = _box_muller(first, second, accumulate_dtype(dtype))
-        for target, entry in zip(block.unbind(1), entries, strict=True):
-            target.copy_(entry)
-    return out.view(-1)[:total].view(shape)
+    if total == 0:
+        return torch.empty(shape, dtype=dtype, device=seed.device)
+    rows = shape[0] if len(shape) else 1
+    stream = torch.full((1,), index, device=seed.device)
+    (found,) = words(seed, stream, rows, total // rows + total // rows % 2)
+    if distribution == "rademacher":
+        entries = (1.0 - 2.0 * (found & 1)).to(dtype)
+    else:
+        pair = _box_muller(found[:, 0::2], found[:, 1::2], accumulate_dtype(dtype))
+        entries = torch.stack(pair, -1).to(dtype).flatten(1)
+    return entries[:, : total // rows].reshape(shape)
 
 
 def drawn_probe(like: Tensor, distribution: str, generator: torch.Generator | None) -> Tensor:
@@ -55,43 +49,55 @@ def drawn_probe(like: Tensor, distribution: str, generator: torch.Generator | No
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=at).to(like.device)
 
 
-def uniform(shape: torch.Size, seed: Tensor) -> Tensor:
-    """Numbers of [0, 1) in float32 on the seed's device, from the upper 24 bits of the first word each.
-
-    seed: int64 `[1]`. The entry of flat index c is made from counter c of stream 0.
-    """
-    words, _ = _philox(seed, 0, math.prod(shape), 0)
-    return ((words[0] >> 8).to(torch.float32) * 2.0**-24).view(shape)
-
-
 def squared_norm(rows: Tensor) -> Tensor:
     """`Σ_n v[b, n]²` as `[B]` in the accumulation dtype, for v `[B, N]`."""
     return rows.to(accumulate_dtype(rows.dtype)).square().sum(dim=1)
 
 
-def _philox(seed: Tensor, begin: int, count: int, index: int) -> tuple[Tensor, Tensor]:
-    """Words 0 and 2, and words 1 and 3, `[2, count]` each, of the counters from `begin` on.
+def words(seed: Tensor, streams: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
+    """Random words of 32 bits, `[S, rows, columns]` in int64, on the seed's device.
 
-    They have 32 bits and are held in int64. On the host by NumPy, which takes half of PyTorch's time.
+    A counter of Philox gives four, for two rows r and r + 8 of each 16 and for two columns side by side. A
+    thread holds these places of a tensor core's product, so kernels make a tile's words where they need them.
+
+    Args:
+        seed: int64 `[1]`.
+        streams: int64 `[S]`, the numbers of the tables of words wanted, of those that a seed has.
+        columns: how many, an even number; first: the number of the first one, even too, perhaps negative.
+    """
+    row = torch.arange(rows, device=seed.device)
+    pair = row // 16 * 8 + row % 8
+    pairs = torch.arange(rows // 16 * 8 + min(rows % 16, 8), device=seed.device)
+    column = torch.arange(first // 2, (first + columns) // 2, device=seed.device)
+    counters = (pairs[:, None] << 32 | column & _WORD).expand(len(streams), -1, -1)
+    even, odd = _philox(seed, counters.flatten(), streams[:, None, None].expand_as(counters).flatten())
+    found = torch.stack([even, odd], -1).view(2, len(streams), len(pairs), columns).transpose(0, 1)
+    return found[:, row // 8 % 2, pair]
+
+
+def _philox(seed: Tensor, counters: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+    """Words 0 and 2, and words 1 and 3, `[2, n]` each, of counters `[n]` of 64 bits, each in its stream.
+
+    They have 32 bits and are held in int64, as seed, counters and streams are. On the host by NumPy, which
+    takes half of PyTorch's time.
     """
     if _on_host(seed):
-        return _philox_on_host(int(seed.item()), begin, count, index)
-    counter = torch.arange(begin, begin + count, device=seed.device)
+        return _philox_on_host(int(seed.item()), counters.numpy(), streams.numpy())
     keys = torch.stack([(seed >> 32) & _WORD, seed & _WORD])
-    even = torch.stack([counter & _WORD, torch.full_like(counter, index)])
-    odd = torch.stack([torch.zeros_like(counter), counter >> 32])
+    even = torch.stack([counters & _WORD, streams])
+    odd = torch.stack([torch.zeros_like(counters), counters >> 32 & _WORD])
     constants = [torch.stack([torch.full_like(seed, each) for each in pair]) for pair in _CONSTANTS]
     return _rounds(even, odd, [keys, *constants], lambda pair: pair.flip(0))
 
 
-def _philox_on_host(seed: int, begin: int, count: int, index: int) -> tuple[Tensor, Tensor]:
-    counter = np.arange(begin, begin + count, dtype=np.uint64)
-    even = np.stack([counter & _WORD, np.full_like(counter, index)])
-    odd = np.stack([np.zeros_like(counter), counter >> 32])
+def _philox_on_host(seed: int, counters: np.ndarray, streams: np.ndarray) -> tuple[Tensor, Tensor]:
+    counters, streams = counters.view(np.uint64), streams.view(np.uint64)
+    even = np.stack([counters & _WORD, streams])
+    odd = np.stack([np.zeros_like(counters), counters >> 32])
     pairs = (seed >> 32 & _WORD, seed & _WORD), *_CONSTANTS
     numbers = [np.array(pair, np.uint64)[:, None] for pair in pairs]
-    words = _rounds(even, odd, numbers, lambda pair: pair[::-1])
-    first, second = (torch.from_numpy(np.ascontiguousarray(pair).view(np.int64)) for pair in words)
+    found = _rounds(even, odd, numbers, lambda pair: pair[::-1])
+    first, second = (torch.from_numpy(np.ascontiguousarray(pair).view(np.int64)) for pair in found)
     return first, second
 
 

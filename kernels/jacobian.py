@@ -25,7 +25,8 @@ def probe_kernel(out_ptr, seed_ptr, index, B, N, GAUSSIAN: tl.constexpr, BLOCK: 
     entries = first + tl.arange(0, BLOCK)
     out_ptr += row.to(tl.int64) * N
     tl.store(out_ptr + entries, upper, mask=entries < N)
-    tl.store(out_ptr + tl.full((), N, tl.int64) * 8 + entries, lower, mask=(entries < N) & (row + 8 < B))
+    present = tl.where(row + 8 < B, N, 0)
+    tl.store(out_ptr + tl.full((), N, tl.int64) * 8 + entries, lower, mask=entries < present)
 
 
 @triton.jit(do_not_specialize=["parts"])

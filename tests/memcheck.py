@@ -82,7 +82,7 @@ class Shadow:
 
     def accessed(self, pointers: Any, mask: Any, what: str) -> tuple[Any, Any, tuple[int, ...]]:
         """(where in the shadow, lanes, shape of the tile) of an access, all within the tensors."""
-        present = np.broadcast_to(mask.data, pointers.data.shape).reshape(-1).astype(bool)
+        present = np.broadcast_to(mask.data, pointers.data.shape).reshape(-1)
         at = pointers.data.reshape(-1)[present].astype(np.uint64)
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         place = np.searchsorted(self.begins, at, side="right") - 1

@@ -142,12 +142,12 @@ def test_only_what_has_not_changed_is_launched_again(change, width, device, monk
             trail.append([each.clone() for each in (state.x, state.best, state.gram, state.record.data)])
         return trail
 
-    used, new = (op.anderson_start(x, 4, 0.0, 20, "triton") for x in (first, second))
-    steps(used, 9, rule)
+    used, new = (op.anderson_start(x, 2, 0.0, 20, "triton") for x in (first, second))
+    steps(used, 6, rule)
     op.anderson_restart(used, second, 0.0)
-    trail = steps(used, 9, rule | change)
+    trail = steps(used, 6, rule | change)
     monkeypatch.setattr(op, "launch_at", launch_anew)  # else both could be wrong alike
-    for found, wanted in zip(trail, steps(new, 9, rule | change), strict=True):
+    for found, wanted in zip(trail, steps(new, 6, rule | change), strict=True):
         assert all(map(torch.equal, found, wanted))
 
 

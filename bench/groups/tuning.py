@@ -5,16 +5,19 @@ rule that chose it. All are replayed from a CUDA graph of CALLS calls, so the ca
 """
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import triton_deq.ops
 from triton_deq.ops.launch import Again, launch, shared
 from triton_deq.timing import Call, graphed
 
@@ -62,6 +65,9 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
             yield op, dtype, (2100, 704), _product_choices(dtype)
         for op in ("mlp", "mlp_vjp"):
             yield op, dtype, (1024, 1024), _product_choices(dtype)
+        for op in ("mlp_probe", "mlp_probe_vjp"):
+            yield op, dtype, (1024, 1024), _probe_choices(dtype)
+    yield "mlp", half, (4096, 2048), _product_choices(half)  # with several tiles to a multiprocessor
     for shape in ((32, 16384), (32, 1048576)):
         for dtype in (full, half):
             registers = [Choice("maxnreg=255", {"maxnreg": 255})] if dtype == full else []
@@ -174,6 +180,15 @@ def _product_choices(dtype: torch.dtype) -> list[Choice]:
     return [*(_product_choice(*each) for each in sizes), *bounds]
 
 
+def _probe_choices(dtype: torch.dtype) -> list[Choice]:
+    """Tiles of more rows, and other numbers of warps, for products that make random numbers as well."""
+    if dtype.itemsize == 2:
+        sizes = [(64, 64, 8), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (128, 128, 16)]
+        return [_product_choice(rows, columns, 64, warps, 3) for rows, columns, warps in sizes]
+    sizes = [(32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8)]
+    return [_product_choice(rows, columns, 32, warps, 3) for rows, columns, warps in sizes]
+
+
 def _product_choice(block_b: int, block_n: int, block_k: int, warps: int, stages: int) -> Choice:
     compiler = {"num_warps": warps, "num_stages": stages}
 
@@ -214,9 +229,16 @@ def _prepare(
     return repeated
 
 
+def module_of(op: str) -> ModuleType:
+    """The module of an op or of one of its kernels: the one whose name is the longest beginning of op's."""
+    names = [each.name for each in pkgutil.iter_modules(triton_deq.ops.__path__)]
+    found = max((name for name in names if f"{op}_".startswith(f"{name}_")), key=len)
+    return importlib.import_module(f"triton_deq.ops.{found}")
+
+
 def _chosen(op: str, choice: Choice) -> Any:
     """The op's module with this choice in place of its own."""
-    module = importlib.import_module(f"triton_deq.ops.{op.split('_')[0]}")
+    module = module_of(op)
 
     def chosen_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Again:
         return launch(kernel, grid, *arguments, **{**constants, **choice.compiler})

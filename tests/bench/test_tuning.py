@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.groups import tuning
-from triton_deq.ops import feedforward
+from triton_deq.ops import feedforward, mlp_probe
+from triton_deq.reference.activations import ACTIVATIONS
 
 
 @pytest.mark.kernels
@@ -20,3 +21,33 @@ def test_a_product_may_be_cut_as_its_choices_say(dtype, device):
             with patch.object(feedforward, "tiles", choice.values["tiles"]):
                 found = feedforward.feedforward_fwd(*arguments)
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_estimate_may_be_cut_as_its_choices_say(dtype, device):
+    z, weight, u = (torch.randn(size, 24, dtype=dtype, device=device) for size in (70, 24, 70))
+    arguments = (
+        z,
+        weight,
+        u,
+        torch.ones(1, dtype=torch.int64, device=device),
+        1,
+        "gaussian",
+        ACTIVATIONS["tanh"],
+    )
+    expected = mlp_probe.mlp_probe_fwd(*arguments)
+    for choice in tuning._probe_choices(dtype):
+        with tuning._chosen("mlp_probe", choice):
+            found = mlp_probe.mlp_probe_fwd(*arguments)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_each_tuned_op_has_a_module_that_launches_it():
+    for op, dtype, _, choices in tuning._plan():
+        module = tuning.module_of(op)
+        assert hasattr(module, "launch")
+        for choice in choices:
+            assert all(hasattr(module, name) for name in choice.values), (op, dtype, choice.name)
+    assert tuning.module_of("mlp_probe_vjp") is mlp_probe
+    assert tuning.module_of("mlp_vjp") is not mlp_probe

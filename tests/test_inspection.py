@@ -157,6 +157,8 @@ def call_op(entry: Entry, device: str) -> None:
         call_groupnorm(entry, state_like)
     elif entry.op == "fusion":
         call_fusion(entry, state_like)
+    elif entry.op == "cross_entropy":
+        call_cross_entropy(entry, state_like)
     elif entry.op == "weightnorm":
         call_weightnorm(entry, state_like)
     elif entry.op == "attention":
@@ -296,6 +298,17 @@ def call_fusion(entry: Entry, state: torch.Tensor) -> None:
         terms = [map_of(channels, height // factor, width // factor) for factor in factors if factor]
         sums.append(fusion.Sum(map_of(channels, height, width), terms, relu))
     fusion.fusion_fwd(sums)
+
+
+def call_cross_entropy(entry: Entry, logits: torch.Tensor) -> None:
+    from triton_deq.ops import cross_entropy as op
+
+    targets, classes = logits.new_zeros(len(logits), dtype=torch.int64), entry.arguments["N"]
+    if entry.name.startswith("cross_entropy_vjp"):
+        levels = logits.new_zeros(2, len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        op.cross_entropy_vjp_fwd(logits, targets, levels, levels[0], classes)
+    else:
+        op.cross_entropy_fwd(logits, targets, classes)
 
 
 def call_weightnorm(entry: Entry, like: torch.Tensor) -> None:

@@ -43,6 +43,8 @@ def test_quick_run_in_a_fresh_process(tmp_path):
         "norm_vjp",
         "weightnorm",
         "weightnorm_vjp",
+        "cross_entropy",
+        "cross_entropy_vjp",
         "attention",
         "attention_query_vjp",
         "attention_key_vjp",

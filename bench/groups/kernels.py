@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from triton_deq.ops.anderson import anderson_fits
 from triton_deq.timing import Call, graphed
@@ -19,13 +20,14 @@ from .step import HISTORY, SHAPES
 GROUP = "kernels"
 MEMORY = 10
 LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
-    "tiny": {width: [(2, 16)] for width in ("wide", "narrow", "rows", "states", "weights")},
+    "tiny": {width: [(2, 16)] for width in ("wide", "narrow", "rows", "states", "weights", "words")},
     "quick": {
         "wide": [(128, 512)],
         "narrow": [(128, 128)],
         "rows": [(300, 700)],
         "states": [(300, 700)],
         "weights": [(160, 288)],
+        "words": [(64, 2003)],
     },
     "full": {
         "wide": [(128, 1024)],
@@ -33,6 +35,7 @@ LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
         "rows": [(2100, 700)],
         "states": [(2100, 700)],
         "weights": [(1280, 2304)],
+        "words": [(2100, 20003)],
     },
 }
 STATES = {"tiny": SHAPES["tiny"], "quick": [(32, 16384)], "full": [(32, 16384), (32, 1048576)]}
@@ -44,6 +47,7 @@ GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
         "rows": [(2100, 700)],
         "states": [(2100, 704)],
         "weights": [(1280, 2304)],
+        "words": [(2100, 20003)],
     },
     "full": {
         "wide": [(1024, 1024), (4096, 2048)],
@@ -51,11 +55,13 @@ GPU_LAYERS: dict[str, dict[str, list[tuple[int, int]]]] = {
         "rows": [(2100, 700), (16384, 1024)],
         "states": [(2100, 704)],
         "weights": [(1280, 2304), (48000, 700), (700, 48000)],
+        "words": [(2100, 20003), (2100, 160000)],
     },
 }
 """(batch, width) of a layer, of a cell whose whole solve is one launch, of a LayerNorm's rows, and of the
 states that a feed-forward takes: the paper's Transformer is 700 wide, on 14 sequences of 150, its products
-on a GPU are 704. And rows and columns of weights: of a multiscale block's, and of the Transformer's."""
+on a GPU are 704. And rows and columns of weights: of a multiscale block's, and of the Transformer's. And its
+tokens and words: those of the softmax's head, and of a cluster."""
 ATTENTIONS: dict[str, list[tuple[int, int]]] = {"tiny": [(1, 4)], "quick": [(2, 64)], "full": [(4, 150)]}
 GPU_ATTENTIONS: dict[str, list[tuple[int, int]]] = {
     "tiny": ATTENTIONS["tiny"],
@@ -114,12 +120,14 @@ def cases(setting: Setting) -> Iterator[Case]:
         ("feedforward_vjp", "states", _feedforward_vjp, _feedforward_vjp_torch),
         ("weightnorm", "weights", _weightnorm, _weightnorm_torch),
         ("weightnorm_vjp", "weights", _weightnorm_vjp, _weightnorm_vjp_torch),
+        ("cross_entropy", "words", _cross_entropy, _cross_entropy_torch),
+        ("cross_entropy_vjp", "words", _cross_entropy_vjp, _cross_entropy_vjp_torch),
     )
     for kernel, width, make, peer in layers:
         for shape in (GPU_LAYERS if setting.gpu else LAYERS)[setting.scale][width]:
             for dtype in dtypes:
                 # What goes through the autograd engine is neither compiled nor captured.
-                single = kernel not in ("mlp_solve", "weightnorm_vjp")
+                single = kernel not in ("mlp_solve", "weightnorm_vjp", "cross_entropy_vjp")
                 variants = _variants(setting, shape, dtype, make, {"torch": peer}, single=single)
                 # A norm reads two tensors and writes one.
                 traffic = 3 * shape[0] * shape[1] * dtype.itemsize
@@ -127,6 +135,9 @@ def cases(setting: Setting) -> Iterator[Case]:
                 if width == "weights":
                     wide = dtype.itemsize * (1 if kernel == "weightnorm" else 2)
                     work = Work(shape[0] * shape[1] * (wide + 2), {})
+                if width == "words":
+                    passes = 1 if kernel == "cross_entropy" else 2
+                    work = Work(passes * shape[0] * shape[1] * dtype.itemsize, {})
                 yield Case(GROUP, kernel, "forward", dtype, shape, tuple(variants), work=work)
 
     between = (
@@ -526,6 +537,43 @@ def _weightnorm_vjp_torch(randn, rows: int, columns: int) -> Call:
     value = torch._weight_norm(v, g, 0).bfloat16()
     vector = torch.randn_like(value)
     return lambda: torch.autograd.grad(value, (v, g), vector, retain_graph=True)
+
+
+def _words(randn, rows: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Logits whose rows are of a multiple of 16 bytes, and targets."""
+    logits = randn(rows, -(-classes // 8) * 8)
+    return logits, torch.randint(classes, (rows,), device=logits.device)
+
+
+def _cross_entropy(randn, rows: int, classes: int, backend: str) -> Call:
+    from triton_deq.ops.cross_entropy import cross_entropy
+
+    logits, targets = _words(randn, rows, classes)
+    return lambda: cross_entropy(logits, targets, classes, backend)
+
+
+def _cross_entropy_torch(randn, rows: int, classes: int) -> Call:
+    """As torch's adaptive softmax takes it, of logits in float32."""
+    logits, targets = _words(randn, rows, classes)
+    return lambda: functional.cross_entropy(logits[:, :classes].float(), targets, reduction="none")
+
+
+def _cross_entropy_vjp(randn, rows: int, classes: int, backend: str) -> Call:
+    """Through the autograd engine, of a value that is kept with its graph."""
+    from triton_deq.ops.cross_entropy import cross_entropy
+
+    logits, targets = _words(randn, rows, classes)
+    value = cross_entropy(logits.requires_grad_(), targets, classes, backend)
+    vector = torch.ones_like(value)
+    return lambda: torch.autograd.grad(value, logits, vector, retain_graph=True)
+
+
+def _cross_entropy_vjp_torch(randn, rows: int, classes: int) -> Call:
+    logits, targets = _words(randn, rows, classes)
+    wide = logits.requires_grad_()[:, :classes].float()
+    value = functional.cross_entropy(wide, targets, reduction="none")
+    vector = torch.ones_like(value)
+    return lambda: torch.autograd.grad(value, logits, vector, retain_graph=True)
 
 
 def _norm_vjp(randn, batch: int, width: int, backend: str) -> Call:

@@ -8,7 +8,19 @@ configurations are compiled.
 
 from collections.abc import Mapping
 
-from . import anderson, attention, broyden, feedforward, fusion, groupnorm, jacobian, mlp, norm, weightnorm
+from . import (
+    anderson,
+    attention,
+    broyden,
+    cross_entropy,
+    feedforward,
+    fusion,
+    groupnorm,
+    jacobian,
+    mlp,
+    norm,
+    weightnorm,
+)
 from .entry import BYTES, Budget, Entry, Pointer
 
 __all__ = ["BYTES", "ENTRIES", "STEPS", "Budget", "Entry", "Pointer"]
@@ -17,6 +29,7 @@ ENTRIES: tuple[Entry, ...] = (
     *anderson.ENTRIES,
     *attention.ENTRIES,
     *broyden.ENTRIES,
+    *cross_entropy.ENTRIES,
     *feedforward.ENTRIES,
     *fusion.ENTRIES,
     *groupnorm.ENTRIES,

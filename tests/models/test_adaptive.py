@@ -49,6 +49,34 @@ def test_log_probabilities_are_those_of_the_two_levels():
     torch.testing.assert_close(wanted.exp().sum(1), torch.ones(6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_likelihoods_are_those_of_torchs_module(autocast):
+    """And so are their gradients, beside which columns that are no words leave nothing."""
+    embedding, softmax = both(torch.float32)
+    parameters = [*softmax.parameters(), *embedding.parameters()]
+    hidden, targets = torch.randn(40, 8, requires_grad=True), torch.randint(20, (40,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, wanted = softmax.nll(hidden, targets), -softmax(hidden, targets).output
+    assert found.dtype == torch.float32
+    error = 1e-6 if not autocast else 2e-2
+    assert (found - wanted).norm() <= error * wanted.norm()
+    gradients = (
+        torch.autograd.grad(each.sum(), (hidden, *parameters), materialize_grads=True)
+        for each in (found, wanted)
+    )
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= error * theirs.norm()
+
+
+def test_likelihoods_of_one_cluster_alone():
+    _, softmax = both()
+    hidden = torch.randn(3, 8, dtype=torch.float64)
+    for low, high in ((0, 5), (5, 12), (12, 20)):
+        targets = torch.randint(low, high, (3,))
+        wanted = -softmax(hidden, targets).output
+        torch.testing.assert_close(softmax.nll(hidden, targets), wanted)
+
+
 def test_words_and_projections_are_shared():
     embedding, softmax = both()
     softmax(torch.randn(3, 8, dtype=torch.float64), torch.tensor([1, 7, 15])).loss.backward()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import check_count
+from ..ops.cross_entropy import cross_entropy
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -90,18 +91,27 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         super().__init__(embedding.width, vocabulary, cutoffs, div_value=1, device="meta")
         first, *rest = embedding.clusters
         self.head: Any = Head(first, embedding.width, self.n_clusters)
-        self.tail = nn.ModuleList(Tail(cluster) for cluster in rest)
+        self.tail: Any = nn.ModuleList(Tail(cluster) for cluster in rest)
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The targets' negative log-likelihood `[N]`, of hidden `[N, D]`.
 
-        torch's module computes a cluster's words for the rows that need them, and the host waits to know how
-        many. A tracer cannot wait, so in torch.compile and torch.export all rows get all words.
+        A cluster's words are computed for the rows that need them, and the host waits to know which those
+        are. A tracer cannot wait, so in torch.compile and torch.export all rows get all words.
         """
-        if not torch.compiler.is_compiling():
-            return -self(hidden, targets).output
-        head = self.head(hidden).log_softmax(1)
         first = self.cutoffs[0]
+        if not torch.compiler.is_compiling():
+            clusters = [(targets >= low) & (targets < high) for low, high in pairwise(self.cutoffs)]
+            choice = targets
+            for cluster, here in enumerate(clusters):
+                choice = torch.where(here, first + cluster, choice)
+            value = cross_entropy(self.head.logits(hidden), choice, self.head_size)
+            for tail, here, low in zip(self.tail, clusters, self.cutoffs, strict=False):
+                (rows,) = here.nonzero(as_tuple=True)
+                within = cross_entropy(tail.logits(hidden[rows]), targets[rows] - low)
+                value = value.index_add(0, rows, within)
+            return value
+        head = self.head(hidden).log_softmax(1)
         value = head.gather(1, targets.clamp(max=first - 1)[:, None])[:, 0]
         for cluster, (low, high) in enumerate(pairwise(self.cutoffs)):
             words = self.tail[cluster](hidden).log_softmax(1)
@@ -123,10 +133,19 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return _wide(self.logits(hidden)[:, : len(self.bias) + len(self.clusters.bias)])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As products leave them: with up to seven columns behind, for rows of a multiple of 16 bytes."""
         (cluster,) = self._cluster
-        weight = torch.cat([cluster.words.weight, self.clusters.weight])
-        bias = torch.cat([self.bias, self.clusters.bias])
-        return _wide(functional.linear(self.projection(hidden.to(weight.dtype)), weight, bias))
+        weights: list[Tensor] = [cluster.words.weight, self.clusters.weight]
+        biases: list[Tensor] = [self.bias, self.clusters.bias]
+        spare = -sum(map(len, biases)) % 8
+        if spare:
+            weights.append(self.bias.new_zeros(spare, weights[0].shape[1]))
+            biases.append(self.bias.new_zeros(spare))
+        weight = torch.cat(weights)
+        return functional.linear(self.projection(hidden.to(weight.dtype)), weight, torch.cat(biases))
 
 
 class Tail(nn.Module):
@@ -138,9 +157,12 @@ class Tail(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(cluster.words.weight)))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return _wide(self.logits(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
         (cluster,) = self._cluster
         weight = cluster.words.weight
-        return _wide(functional.linear(cluster.projection(hidden.to(weight.dtype)), weight, self.bias))
+        return functional.linear(cluster.projection(hidden.to(weight.dtype)), weight, self.bias)
 
 
 def _wide(logits: Tensor) -> Tensor:

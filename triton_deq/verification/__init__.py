@@ -21,6 +21,7 @@ import torch
 from ..checks import parse_count, parse_rows_file
 from .attention import check_attention
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
+from .cross_entropy import check_cross_entropy
 from .feedforward import check_feedforward
 from .groupnorm import check_fusion, check_groupnorm
 from .jacobian import check_probe, check_squared_norm
@@ -37,6 +38,7 @@ __all__ = [
     "check_anderson",
     "check_attention",
     "check_broyden",
+    "check_cross_entropy",
     "check_feedforward",
     "check_fusion",
     "check_groupnorm",
@@ -63,6 +65,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "groupnorm": check_groupnorm,
     "fusion": check_fusion,
     "weightnorm": check_weightnorm,
+    "cross_entropy": check_cross_entropy,
 }
 
 

@@ -60,13 +60,12 @@ def cross_entropy_kernel(
         total = total * power(highest - below) + tl.sum(power(logits - below[:, None]), axis=1)
         highest = raised
     top = tl.max(highest, axis=0)
-    below = tl.where(top == float("-inf"), 0, top)
-    level = tl.log2(tl.sum(total * power(highest - below), axis=0))
+    level = tl.log2(tl.sum(total * power(highest - top), axis=0))
     target = tl.load(targets_ptr + row)
-    inside = (target >= 0) & (target < N)
-    own = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(WIDE)
-    tl.store(out_ptr + row, level / LOG2_E + (below - own))
-    tl.store(levels_ptr + row, below)
+    own_ptr = logits_ptr + target
+    own = tl.load(own_ptr, mask=(target >= 0) & (target < N), other=float("nan")).to(WIDE)
+    tl.store(out_ptr + row, level / LOG2_E + (top - own))
+    tl.store(levels_ptr + row, top)
     tl.store(levels_ptr + rows + row, level)
 
 
@@ -98,5 +97,4 @@ def cross_entropy_vjp_kernel(
     highest, level = tl.load(levels_ptr + row), tl.load(levels_ptr + rows + row)
     hit = (columns == tl.load(targets_ptr + row)).to(WIDE)
     slopes = (tl.exp2((logits - highest) * LOG2_E - level) - hit) * tl.load(vector_ptr + row).to(WIDE)
-    slopes = tl.where(columns < N, slopes, 0)
     tl.store(out_ptr + begin + columns, slopes, mask=columns < width)

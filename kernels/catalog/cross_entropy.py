@@ -38,7 +38,7 @@ def _entry(kernel: str, dtype: str, rows: int, classes: int, padding: int = 0) -
         contiguous=("logits_ptr", "out_ptr") if vjp else ("logits_ptr",),
         traffic=lambda entry, batch, size: (2 if vjp else 1) * batch * size * BYTES[entry.dtype],
         work=lambda entry, batch, size: {"fp64" if entry.dtype == "fp64" else "fp32": 6 * batch * size},
-        budget=Budget(12 if align == 1 else 0, load=bytes_at_once, store=bytes_at_once),
+        budget=Budget(load=bytes_at_once, store=bytes_at_once),
         options={"num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True},
     )
 

@@ -69,8 +69,11 @@ def test_likelihoods_are_those_of_torchs_module(autocast):
 
 
 def test_likelihoods_of_one_cluster_alone():
+    """From rows of a multiple of 16 bytes, also where the head has 5 words and 2 clusters."""
     _, softmax = both()
     hidden = torch.randn(3, 8, dtype=torch.float64)
+    assert softmax.head.logits(hidden).shape == (3, 8)
+    assert softmax.head(hidden).shape == (3, 7)
     for low, high in ((0, 5), (5, 12), (12, 20)):
         targets = torch.randint(low, high, (3,))
         wanted = -softmax(hidden, targets).output

@@ -77,9 +77,7 @@ class LanguageModel(nn.Module):
         hidden = self._dropped(value)
         nll = None
         if targets is not None:
-            # torch's module adds log-probabilities up in its input's dtype; autocast narrows its products.
-            rows = hidden.flatten(0, 1).to(torch.promote_types(hidden.dtype, torch.float32))
-            nll = self.softmax.nll(rows, targets.flatten()).view(targets.shape)
+            nll = self.softmax.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
         return LanguageModelOutput(nll, hidden, memory, solution, penalty)
 
     def log_prob(self, hidden: Tensor) -> Tensor:

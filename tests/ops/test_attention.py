@@ -67,6 +67,21 @@ def by_loops(q, k, v, context):
 # -------------------------------------------------------------------------------------------- the reference
 
 
+def test_a_dropout_mask_is_fair_and_one_of_many():
+    """Of a query and a key it is the same whatever is in memory; of another head or sample another."""
+    context = op.Context(*[None] * 3, dropout=0.3, seed=torch.tensor([5]))
+    mask = dropout_mask(context, torch.Size((2, 3, 40, 57)))
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    kept = (mask > 0).double()
+    assert (kept.mean() - 0.7).abs() < 4 * math.sqrt(0.21 / mask.numel())
+    for memory in (0, 16, 30):
+        shape = torch.Size((2, 3, 40, 40 + memory))
+        assert torch.equal(dropout_mask(context, shape)[..., memory:], mask[..., 17:])
+    heads = kept.view(6, -1) - 0.7
+    alike = heads @ heads.mT / 0.21 / heads.shape[1]
+    assert (alike - torch.eye(6)).abs().max() < 5 / math.sqrt(heads.shape[1])
+
+
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 1}, {"dropout": 0.4}], ids=str)
 @pytest.mark.parametrize(("queries", "memory"), [(5, 0), (5, 3), (1, 0), (1, 3), (2, 0)])

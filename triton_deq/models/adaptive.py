@@ -99,26 +99,19 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         A cluster's words are computed for the rows that need them, and the host waits to know which those
         are. A tracer cannot wait, so in torch.compile and torch.export all rows get all words.
         """
-        first = self.cutoffs[0]
-        if not torch.compiler.is_compiling():
-            clusters = [(targets >= low) & (targets < high) for low, high in pairwise(self.cutoffs)]
-            choice = targets
-            for cluster, here in enumerate(clusters):
-                choice = torch.where(here, first + cluster, choice)
-            value = cross_entropy(self.head.logits(hidden), choice, self.head_size)
-            for tail, here, low in zip(self.tail, clusters, self.cutoffs, strict=False):
-                (rows,) = here.nonzero(as_tuple=True)
-                within = cross_entropy(tail.logits(hidden[rows]), targets[rows] - low)
-                value = value.index_add(0, rows, within)
-            return value
-        head = self.head(hidden).log_softmax(1)
-        value = head.gather(1, targets.clamp(max=first - 1)[:, None])[:, 0]
+        choice, clusters = targets, []
         for cluster, (low, high) in enumerate(pairwise(self.cutoffs)):
-            words = self.tail[cluster](hidden).log_softmax(1)
-            word = (targets - low).clamp(0, high - low - 1)
-            within = head[:, first + cluster] + words.gather(1, word[:, None])[:, 0]
-            value = torch.where((targets >= low) & (targets < high), within, value)
-        return -value
+            here = (targets >= low) & (targets < high)
+            choice = torch.where(here, self.cutoffs[0] + cluster, choice)
+            clusters.append((self.tail[cluster], here, (targets - low).clamp(0, high - low - 1)))
+        value = cross_entropy(self.head.logits(hidden), choice, self.head_size)
+        for tail, here, word in clusters:
+            if torch.compiler.is_compiling():
+                value = value + torch.where(here, cross_entropy(tail.logits(hidden), word), 0)
+            else:
+                (rows,) = here.nonzero(as_tuple=True)
+                value = value.index_add(0, rows, cross_entropy(tail.logits(hidden[rows]), word[rows]))
+        return value
 
 
 class Head(nn.Module):

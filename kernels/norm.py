@@ -263,26 +263,48 @@ def gradient_and_normal(
 
 
 @triton.jit
-def write_gradient(
-    value,
+def mask_and_addend(
     mask_ptr,
-    out_ptr,
-    branch_out_ptr,
+    addend_ptr,
     rows,
     normal_rows,
     columns,
     inside,
     per,
     D: tl.constexpr,
-    BRANCH_OUT_STRIDE: tl.constexpr,
     MASK: tl.constexpr,
+    ADDEND: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The gradient in x, and with MASK that in y."""
-    tl.store(out_ptr + rows[:, None] * D + columns[None, :], value, mask=inside)
+    """m and the addend, 1 and 0 where there are none; the arguments are those of `norm_vjp_kernel`."""
+    mask = tl.zeros(inside.shape, dtype=WIDE) + 1
+    addend = tl.zeros(inside.shape, dtype=WIDE)
     if MASK:
-        mask_tile = (normal_rows // per)[:, None] * D + columns[None, :]
-        mask = tl.load(mask_ptr + mask_tile, mask=inside, other=0).to(WIDE)
+        tile = (normal_rows // per)[:, None] * D + columns[None, :]
+        mask = tl.load(mask_ptr + tile, mask=inside, other=0).to(WIDE)
+    if ADDEND:
+        tile = rows[:, None] * D + columns[None, :]
+        addend = tl.load(addend_ptr + tile, mask=inside, other=0).to(WIDE)
+    return mask, addend
+
+
+@triton.jit
+def write_gradient(
+    value,
+    mask,
+    addend,
+    out_ptr,
+    branch_out_ptr,
+    rows,
+    columns,
+    inside,
+    D: tl.constexpr,
+    BRANCH_OUT_STRIDE: tl.constexpr,
+    BRANCH: tl.constexpr,
+):
+    """The gradient in x plus the addend, and with BRANCH the gradient in y."""
+    tl.store(out_ptr + rows[:, None] * D + columns[None, :], value + addend, mask=inside)
+    if BRANCH:
         tile = rows[:, None] * BRANCH_OUT_STRIDE + columns[None, :]
         tl.store(branch_out_ptr + tile, value * mask, mask=inside)
 
@@ -296,6 +318,7 @@ def norm_vjp_kernel(
     inverse_ptr,
     gain_ptr,
     mask_ptr,
+    addend_ptr,
     out_ptr,
     branch_out_ptr,
     R,
@@ -308,15 +331,19 @@ def norm_vjp_kernel(
     SHIFT: tl.constexpr,
     BEND: tl.constexpr,
     MASK: tl.constexpr,
+    ADDEND: tl.constexpr,
+    BRANCH: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`(g − mean(g) − n mean(g n)) / σ − bend · n / (σ² D)`, `g = γ ⊙ v + shift`; with MASK m ⊙ that too.
+    """`w = (g − mean(g) − n mean(g n)) / σ − bend · n / (σ² D)` with `g = γ ⊙ v + shift`.
+
+    Written are `w + addend` and, with BRANCH, `m ⊙ w`.
 
     vector v: [R, D], rows VECTOR_STRIDE apart, R a multiple of B    shift, the gradient in n: [R, D]
     bend, the gradient in 1/σ: [R]    normal n: [B, D]    inverse 1/σ: [B], of dtype WIDE as bend
-    gain γ: [D]    mask m: [B / per, D], each for per rows    out: [R, D]
+    gain γ: [D]    mask m: [B / per, D], each for per rows    addend, out: [R, D]
     branch_out: the same, rows BRANCH_OUT_STRIDE apart
     A row wider than BLOCK is read twice, by ROWS = 1.
     """
@@ -345,21 +372,23 @@ def norm_vjp_kernel(
             SHIFT,
             WIDE,
         )
+        # Before the sums, since no load passes their barriers.
+        mask, addend = mask_and_addend(
+            mask_ptr, addend_ptr, rows, normal_rows, columns, inside, per, D, MASK, ADDEND, WIDE
+        )
         value = standardise_vjp(g, normal, inverse, bend, D)
         write_gradient(
             value,
-            mask_ptr,
+            mask,
+            addend,
             out_ptr,
             branch_out_ptr,
             rows,
-            normal_rows,
             columns,
             inside,
-            per,
             D,
             BRANCH_OUT_STRIDE,
-            MASK,
-            WIDE,
+            BRANCH,
         )
     else:
         total = tl.zeros([ROWS, BLOCK], dtype=WIDE)
@@ -404,18 +433,19 @@ def norm_vjp_kernel(
                 SHIFT,
                 WIDE,
             )
+            mask, addend = mask_and_addend(
+                mask_ptr, addend_ptr, rows, normal_rows, columns, inside, per, D, MASK, ADDEND, WIDE
+            )
             write_gradient(
                 inverse[:, None] * (g - mean[:, None] - normal * along[:, None]),
-                mask_ptr,
+                mask,
+                addend,
                 out_ptr,
                 branch_out_ptr,
                 rows,
-                normal_rows,
                 columns,
                 inside,
-                per,
                 D,
                 BRANCH_OUT_STRIDE,
-                MASK,
-                WIDE,
+                BRANCH,
             )

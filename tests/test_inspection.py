@@ -228,7 +228,9 @@ def call_norm(entry: Entry, x: torch.Tensor) -> None:
     mask, inverse = torch.zeros_like(x[:, :1]), norm._fresh_inverse(x)
     if entry.name.startswith("norm_vjp") and values["MASK"] and not values["BEND"]:
         dtype = DTYPES[values["branch_out_ptr"].dtype]
-        norm.norm_vjps(x, x, inverse, x.to(dtype), mask, dtype, "triton")
+        norm.norm_vjps(x, x, inverse, x.to(dtype), mask, dtype, "triton", addend=x)
+    elif entry.name.startswith("norm_vjp") and values["ADDEND"]:
+        norm.norm_vjp_plus(x.to(DTYPES[values["vector_ptr"].dtype]), x, inverse, x, "triton")
     elif entry.name.startswith("norm_vjp"):
         extra = (x, inverse, mask) if values["MASK"] else (None, None, None)
         norm.norm_vjp_fwd(x, x, inverse, gain, *extra)

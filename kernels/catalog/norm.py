@@ -73,18 +73,22 @@ def _norm_vjp(
     *,
     general: bool = False,
     narrow: str | None = None,
+    plus: str | None = None,
 ) -> Entry:
     """A product; general: as the backward pass of all three results, with the gradient of a masked branch.
 
     narrow: as a step of the backward solve under autocast, with a summand and the branch's gradient of this
-    dtype.
+    dtype, and an addend. plus: as the last launch of such a step, with a vector of this dtype and an addend.
     """
     both = general or narrow is not None
-    pointers = ("vector_ptr", "normal_ptr", "out_ptr", *(("shift_ptr", "branch_out_ptr") if both else ()))
-    others = ("shift_ptr", "gain_ptr", "mask_ptr", "branch_out_ptr")
+    added = narrow is not None or plus is not None
+    summed = ("addend_ptr",) if added else ()
+    pointers = ("normal_ptr", "vector_ptr", "out_ptr", *summed)
+    pointers = (*pointers, *(("shift_ptr", "branch_out_ptr") if both else ()))
+    others = ("shift_ptr", "gain_ptr", "mask_ptr", "addend_ptr", "branch_out_ptr")
     wide = Pointer("fp64" if dtype == "fp64" else "fp32")
-    narrow = narrow or dtype
-    size = 3 * BYTES[dtype] + (2 * BYTES[narrow] if both else 0)
+    narrow, vector = narrow or dtype, plus or dtype
+    size = BYTES[vector] + (3 if added else 2) * BYTES[dtype] + (2 * BYTES[narrow] if both else 0)
     return Entry(
         op="norm",
         name=name_of("norm_vjp", dtype, width, note),
@@ -93,6 +97,11 @@ def _norm_vjp(
         arguments={
             **dict.fromkeys((*pointers, *others), Pointer(dtype)),
             **(dict.fromkeys(("shift_ptr", "branch_out_ptr"), Pointer(narrow)) if both else {}),
+            **(
+                dict.fromkeys(("vector_ptr", "shift_ptr", "gain_ptr", "mask_ptr"), Pointer(vector))
+                if plus
+                else {}
+            ),
             **dict.fromkeys(("bend_ptr", "inverse_ptr"), wide),
             "R": rows,
             "B": rows,
@@ -100,16 +109,18 @@ def _norm_vjp(
             "D": width,
             "VECTOR_STRIDE": width,
             "BRANCH_OUT_STRIDE": width,
-            "GAIN": general or not both,
+            "GAIN": general or not (both or added),
             "SHIFT": both,
             "BEND": general,
             "MASK": both,
+            "ADDEND": added,
+            "BRANCH": both,
             **_tiles(dtype, width),
         },
         contiguous=pointers,
         traffic=lambda entry, rows, width: (size * rows + BYTES[dtype]) * width,
         work=lambda entry, rows, width: {unit_of(entry): 9 * rows * width},
-        budget=_budget(narrow, width),
+        budget=Budget(load=_budget(plus or narrow, width).load, store=_budget(narrow, width).store),
         options=_options(width),
     )
 
@@ -148,6 +159,7 @@ ENTRIES = (
     _norm("fp32", 64, 16384, 16, "loop", recorded=True),
     _norm_vjp("fp32", 2100, 700, 150),
     _norm_vjp("fp32", 2100, 700, 150, "narrow", narrow="bf16"),
+    _norm_vjp("fp32", 2100, 700, 150, "plus", plus="bf16"),
     _norm_vjp("bf16", 2100, 700, 150),
     _norm_vjp("bf16", 4096, 1024, 512, "general", general=True),
     _norm_vjp("fp32", 4096, 1024, 512, "general", general=True),

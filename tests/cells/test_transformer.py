@@ -188,6 +188,10 @@ def test_value_and_product_are_autograds(pre_norm, dropped, backend):
         products = pullback(vectors)
         with torch.no_grad():  # as a backward solve asks for them
             torch.testing.assert_close(pullback(vectors), products)
+            slot = torch.full_like(z, math.nan)
+            pullback.plus(vectors[1]).write(vectors[0], slot)
+        torch.testing.assert_close(slot, products[0] + vectors[1])
+        torch.testing.assert_close(pullback.plus(vectors[1])(vectors[0]), slot)
         torch.testing.assert_close(value, cell(z, u))
     with ambient("reference"):
         wanted = cell(z, u)

@@ -113,6 +113,63 @@ def test_first_and_second_derivatives(masked, backend, device):
     assert gradgradcheck(vjp, (vector, matrix))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_branch_and_its_gradients_are_autograds(masked, backend, device, launches):
+    s, up, up_bias, mask = tensors(device=device)
+    down, down_bias = (
+        torch.randn(shape, dtype=s.dtype, device=device).requires_grad_() for shape in ((6, 7), (6,))
+    )
+    mask = mask if masked else None
+    leaves = (s, up, up_bias, down, down_bias)
+    found = op.feedforward_branch(*leaves, mask, 1.25 if masked else 1.0, backend)
+    hidden = (linear(s, up, up_bias) * (1 if mask is None else mask)).relu()
+    wanted = linear(hidden, down, down_bias), hidden
+    torch.testing.assert_close(found, wanted)
+    vectors = tuple(map(torch.randn_like, wanted))
+    for outputs in ((0,), (1,), (0, 1)):  # of the branch, of h, of both
+        given, expected = (
+            torch.autograd.grad(
+                [pair[i] for i in outputs],
+                leaves,
+                [vectors[i] for i in outputs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for pair in (found, wanted)
+        )
+        torch.testing.assert_close(given, expected)
+    kernels_of = ["feedforward_kernel", *["feedforward_vjp_kernel"] * 2]
+    assert launches == (kernels_of if backend == "triton" else [])
+    with torch.no_grad():
+        torch.testing.assert_close(op.feedforward_branch(*leaves, mask, 1.25, backend), wanted)
+
+
+@pytest.mark.parametrize("asked", range(5))
+def test_a_branch_that_some_leaves_have_no_gradient_of(asked, backend, device):
+    s, up, up_bias, mask = tensors(device=device)
+    down, down_bias = (torch.randn(shape, dtype=s.dtype, device=device) for shape in ((6, 7), (6,)))
+    leaves = [each.detach() for each in (s, up, up_bias, down, down_bias)]
+    leaves[asked].requires_grad_()
+    branch, _ = op.feedforward_branch(*leaves, mask, 1.25, backend)
+    wanted = linear((linear(*leaves[:3]) * mask).relu(), *leaves[3:])
+    vector = torch.randn_like(branch)
+    given, expected = (torch.autograd.grad(each, leaves[asked], vector) for each in (branch, wanted))
+    torch.testing.assert_close(given, expected)
+
+
+def test_first_and_second_derivatives_of_a_branch(backend, device):
+    s, up, up_bias, mask = tensors(device=device, width=3, inner=4, length=2)
+    down, down_bias = (
+        torch.randn(shape, dtype=s.dtype, device=device).requires_grad_() for shape in ((3, 4), (3,))
+    )
+
+    def both(*leaves):
+        return op.feedforward_branch(*leaves, mask, 1.25, backend)
+
+    assert gradcheck(both, (s, up, up_bias, down, down_bias), fast_mode=True)
+    assert gradgradcheck(both, (s, up, up_bias, down, down_bias), fast_mode=True)
+
+
 def test_a_mask_with_a_gradient_has_one(backend, device):
     """No kernel serves it, and ordinary operators do."""
     s, weight, bias, mask = tensors(device=device)

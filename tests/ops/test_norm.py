@@ -405,6 +405,52 @@ def test_the_gradients_of_both_terms(summed, masked, backend, device):
     assert gradcheck(both, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_addend_is_in_the_first_gradient_alone(masked, backend, device):
+    x, _, mask, _, _ = (each.detach() for each in tensors(width=37, device=device))
+    mask = mask if masked else None
+    _, normal, inverse = reference.norm(x)
+    vector, addend = torch.randn(2, *x.shape, dtype=x.dtype, device=device).unbind()
+    wanted = reference.norm_vjp(vector, normal, inverse)
+    of_x, of_branch = op.norm_vjps(vector, normal, inverse, None, mask, backend=backend, addend=addend)
+    torch.testing.assert_close(of_x, wanted + addend)
+    torch.testing.assert_close(of_branch, wanted if mask is None else wanted * mask)
+    torch.testing.assert_close(op.norm_vjp_plus(vector, normal, inverse, addend, backend), wanted + addend)
+
+    leaves = [each.detach().requires_grad_() for each in (vector, normal, inverse, addend)]
+
+    def both(vector, normal, inverse, addend):
+        pair = op.norm_vjps(vector, normal, inverse, None, mask, backend=backend, addend=addend)
+        return *pair, op.norm_vjp_plus(vector, normal, inverse, addend, backend)
+
+    assert gradcheck(both, leaves, fast_mode=True)
+    assert gradgradcheck(both, leaves, fast_mode=True)
+
+
+@kernels
+@pytest.mark.parametrize("blocks", [False, True])
+def test_an_addend_costs_no_launch(blocks, monkeypatch, device):
+    """A narrow vector and a wide addend, left in a place of other bits; also in rows read by a loop."""
+    if blocks:
+        monkeypatch.setattr(op, "MOST_BLOCK", 16)
+        monkeypatch.setattr(op, "BLOCK", 16)
+    x, _, mask, _, _ = (each.detach() for each in tensors(width=37, dtype=torch.float32, device=device))
+    _, normal, inverse = reference.norm(x)
+    vector, addend = torch.randn_like(x).half(), torch.randn_like(x)
+    launches = []
+    monkeypatch.setattr(op, "launch", lambda *given, **named: (launches.append(1), launch(*given, **named)))
+    wanted = reference.norm_vjp(vector.float(), normal, inverse)
+    narrow, apart = torch.empty_like(vector), torch.empty_like(x.mT.contiguous()).mT
+    for out in (None, narrow, apart):
+        found = op.norm_vjp_plus(vector, normal, inverse, addend, "triton", out)
+        assert out is None or found is out
+        exact = torch.float32 if out is None else out.dtype
+        torch.testing.assert_close(found, (wanted + addend).to(exact))
+    of_x, of_branch = op.norm_vjps(vector, normal, inverse, None, mask, backend="triton", addend=addend)
+    torch.testing.assert_close((of_x, of_branch), (wanted + addend, wanted * mask))
+    assert len(launches) == 4
+
+
 @kernels
 def test_narrow_vectors_and_a_narrow_branch_in_one_launch(monkeypatch, device):
     """As in a backward solve under autocast: what comes from products and goes into them has 16 bits."""
@@ -440,6 +486,7 @@ def test_a_value_of_fewer_bits(backend, device):
     [
         ({"vector": torch.ones(2, 3, 4)}, "vector has shape"),
         ({"more": torch.ones(3, 5)}, "more has shape"),
+        ({"addend": torch.ones(5)}, "addend has shape"),
         ({"inverse": torch.ones(2, 3)}, "inverse has shape"),
         ({"mask": torch.ones(2, 2, 5)}, "mask has shape"),
     ],

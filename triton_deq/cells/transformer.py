@@ -19,8 +19,8 @@ from ..ops.attention import (
     spare_columns,
     with_mask,
 )
-from ..ops.feedforward import feedforward, feedforward_vjp
-from ..ops.norm import norm, norm_value, norm_vjps
+from ..ops.feedforward import feedforward_branch, feedforward_vjp
+from ..ops.norm import norm, norm_value, norm_vjp_plus, norm_vjps
 from .layers import autocast_dtype, does_as, normalise_weight, weights_of
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -366,12 +366,17 @@ class TransformerCell(nn.Module):
         branch = functional.linear(mixed, u.weights.out, u.weights.out_bias)[..., : self.width]
         s = normed(z, branch, masks[0]) if place is None else normed(z, branch, masks[0], also=place)
 
-        inner = feedforward(_taken(s, u, place is not None), u.weights.up, self.up.bias, masks[1])
-        branch = functional.linear(inner, u.weights.down, u.weights.down_bias)[..., : self.width]
+        taken, up, down = _taken(s, u, place is not None), u.weights.up, u.weights.down
+        branch, inner = feedforward_branch(
+            taken, up, self.up.bias, down, u.weights.down_bias, masks[1], kept=1 / (1 - self.dropout)
+        )
+        branch = branch[..., : self.width]
         if not self.pre_norm:
             return normed(s, branch, masks[2], out=out), (heads, attended, inner)
-        branch = branch if masks[2] is None else branch * masks[2]
-        return torch.add(s, branch, out=out).to(s.dtype), (heads, attended, inner)
+        value = (
+            torch.add(s, branch, out=out) if masks[2] is None else torch.addcmul(s, branch, masks[2], out=out)
+        )
+        return value.to(s.dtype), (heads, attended, inner)
 
     def _heads(self, n: Tensor, u: TransformerInjection) -> Heads:
         """q, k and v `[B, T, H, d]`, views of one product; n as products take it."""
@@ -460,10 +465,15 @@ class Pullback:
 
     def __call__(self, vector: Tensor) -> Tensor:
         if vector.dim() == 3:
-            return self._one(vector)
-        return torch.stack([self._one(each) for each in vector.flatten(0, -4)]).view(vector.shape)
+            return self.product(vector)
+        return torch.stack([self.product(each) for each in vector.flatten(0, -4)]).view(vector.shape)
 
-    def _one(self, vector: Tensor) -> Tensor:
+    def plus(self, shift: Tensor) -> "Adjoint":
+        """`x ↦ xJ + g`."""
+        return Adjoint(self, shift)
+
+    def product(self, vector: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """`vJ`, plus the shift if given, `[B, T, D]`; left in `out` if given, without gradients."""
         weights, masks, place = self.u.weights, self.u.masks, _place(self.u)
         pulled, dropped = (None, None) if masks is None else (masks.pulled, masks.attention)
         if self.last is None:
@@ -476,14 +486,30 @@ class Pullback:
         more = _times(of_inner, weights.up)[..., : vector.shape[-1]]
 
         # Of the two terms the first may have gaps between its rows.
-        at_z, of_branch = norm_vjps(more, *self.middle, at_s, dropped, weights.out.dtype, branch_out=place)
+        at_z, of_branch = norm_vjps(
+            more, *self.middle, at_s, dropped, weights.out.dtype, branch_out=place, addend=shift
+        )
         of_branch = _taken(of_branch, self.u, of_branch is place)
         of_mixed = _times(of_branch, weights.out).view(self.heads[0].shape)
         of_heads = attention_vjp(of_mixed, *self.heads, self.u.context, evaluated=self.evaluated)
         of_n = _times(of_heads.flatten(2), weights.qkv)[..., : vector.shape[-1]]
         if self.first is not None:
-            of_n = norm_vjps(of_n, *self.first)[0]
-        return (at_z + of_n).to(self.dtype)
+            return norm_vjp_plus(of_n, *self.first, at_z, out=out)
+        return (at_z + of_n).to(self.dtype) if out is None else torch.add(at_z, of_n, out=out)
+
+
+@dataclass(frozen=True, eq=False)
+class Adjoint:
+    """`x ↦ xJ + g`, the map of a backward solve, which can leave its value in the solver's ring."""
+
+    pullback: Pullback
+    shift: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.pullback.product(x, self.shift)
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        self.pullback.product(x, self.shift, out)
 
 
 def _masked(vector: Tensor, mask: Tensor | None, dtype: torch.dtype, place: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..backend import recorded
 from ..reference import feedforward as reference
@@ -35,15 +36,40 @@ def feedforward(
     float32 products are summed of three TF32 products each, whose error is that of float32, or of one where
     `torch.backends.cuda.matmul.fp32_precision` is "tf32"; 16-bit ones add up in float32.
     """
-    # What does not fit is left to PyTorch's own rules.
-    fits = s.dim() > 1 and weight.shape[1:] == s.shape[-1:] and bias.shape == weight.shape[:1]
-    if mask is not None:
-        fits = fits and mask.shape == (*s.shape[:-2], 1, len(weight)) and not mask.requires_grad
-    if not (fits and kernels_serve(s, backend, weight, autocast=True)):
+    if not (_fits(s, weight, bias, mask) and kernels_serve(s, backend, weight, autocast=True)):
         return reference.feedforward(s, weight, bias, mask)
     if recorded(s, weight, bias):
-        return FeedforwardFunction.apply(s, weight, bias, mask)
+        return FeedforwardFunction.apply(s, weight, bias, mask, None, None, 1.0)[0]
     return feedforward_fwd(s, weight, bias, mask)
+
+
+def feedforward_branch(
+    s: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    mask: Tensor | None = None,
+    kept: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`y = h Vᵀ + c` `[..., T, D]` and h, as `feedforward` gives it; differentiable to any order.
+
+    Args:
+        s, up, up_bias, mask: s, W, b and m as in `feedforward`.
+        down: V `[D, N]`, of s's dtype as W.
+        down_bias: c `[D]`, likewise.
+        kept: what m is where it is not 0. So what comes back to h takes no pass over the hidden layer: where
+            m is 0, so is h, and the other value goes to the gradient in y, which is narrower.
+        backend: "auto", "triton" or "reference".
+    """
+    fits = _fits(s, up, up_bias, mask) and down.shape == (len(down_bias), len(up))
+    served = fits and kernels_serve(s, backend, up, down, autocast=True)
+    if served and recorded(s, up, up_bias, down, down_bias):
+        inner, branch = FeedforwardFunction.apply(s, up, up_bias, mask, down, down_bias, kept)
+        return branch, inner
+    inner = feedforward(s, up, up_bias, mask, backend)
+    return functional.linear(inner, down, down_bias), inner
 
 
 def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor, backend: str = "auto") -> Tensor:
@@ -122,27 +148,53 @@ def feedforward_vjp_fwd(vector: Tensor, matrix: Tensor, inner: Tensor, out: Tens
 
 
 class FeedforwardFunction(torch.autograd.Function):
-    """`(s, W, b, m) ↦ h`. With `ḡ = (h̄ ⊙ m where h > 0)`: `s̄ = ḡ W`, `W̄ = ḡᵀ s`, `b̄ = Σ ḡ`."""
+    """`(s, W, b, m) ↦ h`, and with V and c also `y = h Vᵀ + c`, else None; m is 0 or `kept` then.
+
+    With `ḡ = (h̄ ⊙ m where h > 0)` and `h̄ = ȳ V`: `s̄ = ḡ W`, `W̄ = ḡᵀ s`, `b̄ = Σ ḡ`.
+    """
 
     @staticmethod
-    def forward(ctx, s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx,
+        s: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor | None,
+        down: Tensor | None,
+        down_bias: Tensor | None,
+        kept: float,
+    ) -> tuple[Tensor, Tensor | None]:
         inner = feedforward_fwd(s, weight, bias, mask)
-        ctx.save_for_backward(s, weight, inner, mask)
-        ctx.bias_dtype = bias.dtype
-        return inner
+        ctx.save_for_backward(s, weight, inner, mask, down)
+        ctx.kept, ctx.bias_dtypes = kept, (bias.dtype, None if down_bias is None else down_bias.dtype)
+        ctx.set_materialize_grads(False)
+        return inner, None if down is None else functional.linear(inner, down, down_bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        s, weight, inner, mask = ctx.saved_tensors
-        of_s, of_weight, of_bias, _ = ctx.needs_input_grad
-        inward = gated(grad.to(weight.dtype), inner)
-        # In place, so that a mask of more bits, as under autocast, makes no wide copy of the hidden layer.
-        inward = inward if mask is None else inward.mul_(mask)
-        rows = inward.flatten(0, -2)
+    def backward(ctx, of_inner: Tensor | None, of_branch: Tensor | None):
+        s, weight, inner, mask, down = ctx.saved_tensors
+        of_s, of_weight, of_bias, _, of_down, of_down_bias, _ = ctx.needs_input_grad
+        inward = down_grad = down_bias_grad = None
+        if of_branch is not None:
+            of_branch = of_branch.to(down.dtype)
+            if of_s or of_weight or of_bias:
+                inward = feedforward_vjp(of_branch * ctx.kept, down, inner, "triton")
+            down_grad = _outer(of_branch, inner) if of_down else None
+            down_bias_grad = _summed(of_branch, ctx.bias_dtypes[1]) if of_down_bias else None
+        if of_inner is not None:
+            direct = gated(of_inner.to(weight.dtype), inner)
+            # In place, so that a mask of more bits, as under autocast, makes no wide copy.
+            direct = direct if mask is None else direct.mul_(mask)
+            inward = direct if inward is None else inward + direct
+        if inward is None:
+            return None, None, None, None, down_grad, down_bias_grad, None
         return (
             inward @ weight if of_s else None,
-            rows.mT @ s.flatten(0, -2) if of_weight else None,
-            rows.sum(0).to(ctx.bias_dtype) if of_bias else None,
+            _outer(inward, s) if of_weight else None,
+            _summed(inward, ctx.bias_dtypes[0]) if of_bias else None,
+            None,
+            down_grad,
+            down_bias_grad,
             None,
         )
 
@@ -160,11 +212,25 @@ class FeedforwardVJPFunction(torch.autograd.Function):
         vector, matrix, inner = ctx.saved_tensors
         of_vector, of_matrix, _ = ctx.needs_input_grad
         passed = gated(grad, inner).to(matrix.dtype)
-        return (
-            passed @ matrix.mT if of_vector else None,
-            vector.flatten(0, -2).mT @ passed.flatten(0, -2) if of_matrix else None,
-            None,
-        )
+        return passed @ matrix.mT if of_vector else None, _outer(vector, passed) if of_matrix else None, None
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """`Σ l rᵀ` over all rows."""
+    return left.flatten(0, -2).mT @ right.flatten(0, -2)
+
+
+def _summed(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in a bias of this dtype."""
+    return rows.flatten(0, -2).sum(0).to(dtype)
+
+
+def _fits(s: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> bool:
+    """What does not is left to PyTorch's own rules."""
+    fits = s.dim() > 1 and weight.shape[1:] == s.shape[-1:] and bias.shape == weight.shape[:1]
+    if mask is None:
+        return fits
+    return fits and mask.shape == (*s.shape[:-2], 1, len(weight)) and not mask.requires_grad
 
 
 @cache

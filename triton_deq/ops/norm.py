@@ -141,6 +141,7 @@ def norm_vjps(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     branch_out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `⟨v + w, n⟩` in both terms of a residual sum: `g` in x, and `m ⊙ g` in y.
 
@@ -154,36 +155,68 @@ def norm_vjps(
         dtype: of the second result, for the product that it goes into; n's by default.
         backend: "auto", "triton" or "reference".
         branch_out: where the second result is left, of its shape and dtype; only without gradients.
+        addend: a, like vector: added to the first result alone.
 
     Returns:
-        g in n's dtype and m ⊙ g in the other, in one launch where the kernels serve and no gradient is
-        recorded; differentiable to any order.
+        `g + a` in n's dtype and `m ⊙ g` in the other, in one launch where the kernels serve and no gradient
+        is recorded; differentiable to any order.
 
     Raises:
         ValueError: shapes that do not go together.
     """
-    for name, term in (("vector", vector), ("more", more)):
-        if term is not None and term.shape != normal.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(term.shape)}, normal has {tuple(normal.shape)}: give them one shape"
-            )
+    _check_terms(normal, vector=vector, more=more, addend=addend)
     _check_vjp(vector, normal, inverse, None)
     _check_mask(mask, normal)
     dtype = dtype or normal.dtype
     fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
-    served = fit and _served(normal, backend, mask, vector, more)
-    if not served or recorded(vector, normal, inverse, more, mask):
+    served = fit and _served(normal, backend, mask, vector, more, addend)
+    if not served or recorded(vector, normal, inverse, more, mask, addend):
         total = vector if more is None else vector + more
         value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
         branch_value = (value if mask is None else value * mask).to(dtype)
+        value = value if addend is None else (value + addend).to(normal.dtype)
         return value, branch_value if branch_out is None else branch_out.copy_(branch_value)
     place = branch_out if branch_out is not None and _apart(branch_out) else None
-    if place is None and mask is not None:
+    if place is None and not (mask is None and addend is None):
         place = normal.new_empty(normal.shape, dtype=dtype)
-    value, branch_value = norm_vjp_fwd(vector, normal, inverse, None, more, None, mask, _fresh(normal), place)
+    value, branch_value = norm_vjp_fwd(
+        vector, normal, inverse, None, more, None, mask, _fresh(normal), place, addend
+    )
     if branch_out is None or branch_value is branch_out:
         return value, branch_value.to(dtype)
     return value, branch_out.copy_(branch_value)
+
+
+def norm_vjp_plus(
+    vector: Tensor,
+    normal: Tensor,
+    inverse: Tensor,
+    addend: Tensor,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`norm_vjp(v) + a` in n's dtype, or left in `out`, of any dtype, where no gradient is recorded.
+
+    Args:
+        vector, addend: v and a, of n's shape and of its dtype or one of fewer bits.
+        normal, inverse: n `[..., D]` and 1/σ `[..., 1]`, as `norm` gives them.
+        backend: "auto", "triton" or "reference".
+
+    One launch where the kernels serve and no gradient is recorded; differentiable to any order.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    _check_terms(normal, vector=vector, addend=addend)
+    _check_vjp(vector, normal, inverse, None)
+    fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
+    served = fit and _served(normal, backend, None, vector, addend)
+    if not served or recorded(vector, normal, inverse, addend):
+        value = norm_vjp(vector.to(normal.dtype), normal, inverse, None, backend)
+        return (value + addend).to(normal.dtype) if out is None else torch.add(value, addend, out=out)
+    place = _fresh(normal) if out is None or not out.is_contiguous() else out
+    norm_vjp_fwd(vector, normal, inverse, None, out=place, addend=addend)
+    return place if out is None or place is out else out.copy_(place)
 
 
 # ------------------------------------------------------------------------------------------- the launches
@@ -249,8 +282,9 @@ def norm_vjp_fwd(
     mask: Tensor | None = None,
     out: Tensor | None = None,
     branch_out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients in x and in the branch by the kernel; they are one tensor where there is no mask.
+    """The gradients in x and in the branch by the kernel: one tensor without mask and place for the other.
 
     Args:
         vector, normal, inverse, gain: as in `norm_vjp`.
@@ -258,12 +292,13 @@ def norm_vjp_fwd(
         bend: the gradient in 1/σ, `[..., 1]`, in its dtype, or None.
         mask: m, which broadcasts to n, or None.
         out, branch_out: where the gradients in x and in the branch are left; out is contiguous, and the rows
-            of the other are `_apart`. Without a mask there is one gradient, in out.
+            of the other are `_apart`.
+        addend: added to the gradient in x, like vector, or None.
     """
     value = _fresh(vector) if out is None else out
-    branch_value = value
-    if mask is not None:
-        branch_value = _fresh(vector) if branch_out is None else branch_out
+    branch_value = branch_out
+    if branch_out is None:
+        branch_value = value if mask is None else _fresh(vector)
     rows, stride = _rows(vector)
     normal_rows = normal.reshape(-1, normal.shape[-1]).contiguous()
     mask_rows, per = (rows, 1) if mask is None else _mask_rows(mask, normal.shape)
@@ -278,6 +313,7 @@ def norm_vjp_fwd(
         inverse.contiguous(),
         rows if gain is None else gain.contiguous(),
         mask_rows,
+        rows if addend is None else addend.contiguous(),
         value,
         branch_value,
         len(rows),
@@ -290,6 +326,8 @@ def norm_vjp_fwd(
         SHIFT=shift is not None,
         BEND=bend is not None,
         MASK=mask is not None,
+        ADDEND=addend is not None,
+        BRANCH=branch_value is not value,
         WIDE=wide_dtype(normal.dtype),
         **constants,
     )
@@ -522,6 +560,14 @@ def _check_vjp(vector: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor | N
             f"shape {(*normal.shape[:-1], 1)}, as norm returns it"
         )
     _check_width("gain", gain, normal.shape[-1])
+
+
+def _check_terms(normal: Tensor, **terms: Tensor | None) -> None:
+    for name, term in terms.items():
+        if term is not None and term.shape != normal.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(term.shape)}, normal has {tuple(normal.shape)}: give them one shape"
+            )
 
 
 def _check_mask(mask: Tensor | None, x: Tensor) -> None:

@@ -14,9 +14,9 @@ def check_norm(case: Case) -> Iterator[Row]:
     from ..ops import norm as op
 
     batch, width = case.shape[0], max(case.shape[1], LEAST_WIDTH)
-    x, branch, vector, shift = (case.randn(batch, width, stream=stream) for stream in range(4))
-    mask, gain, offset = (case.randn(width, stream=stream) for stream in range(4, 7))
-    bend = case.randn(batch, 1, stream=7).to(accumulate_dtype(case.dtype))
+    x, branch, vector, shift, addend = (case.randn(batch, width, stream=stream) for stream in range(5))
+    mask, gain, offset = (case.randn(width, stream=stream) for stream in range(5, 8))
+    bend = case.randn(batch, 1, stream=8).to(accumulate_dtype(case.dtype))
     value, normal, inverse = poisoned(x, batch, width), poisoned(x, batch, width), poisoned(bend, batch, 1)
     op.norm_fwd(x, branch, mask, gain, offset, 1e-5, value, normal, inverse)
 
@@ -27,9 +27,11 @@ def check_norm(case: Case) -> Iterator[Row]:
     ):
         yield row(case, "norm", "norm", quantity, relative_error(out, expected.detach()))
 
-    found = op.norm_vjp_fwd(vector, normal, inverse, gain, shift, bend, mask, poisoned(x, batch, width))
+    places = (poisoned(x, batch, width), poisoned(x, batch, width))
+    found = op.norm_vjp_fwd(vector, normal, inverse, gain, shift, bend, mask, *places, addend)
     given = (vector.double(), shift.double(), bend.double())
+    of_x, of_branch = torch.autograd.grad(wanted, leaves, given)
     for quantity, out, expected in zip(
-        ("of x", "of branch"), found, torch.autograd.grad(wanted, leaves, given), strict=True
+        ("of x", "of branch"), found, (of_x + addend.double(), of_branch), strict=True
     ):
         yield row(case, "norm", "norm_vjp", quantity, relative_error(out, expected))

@@ -16,12 +16,14 @@ from .primitives import (
     batch_sums,
     is_finite,
     judge_sample,
+    keep,
     load_sums,
     look_up,
     look_up_more,
     pick,
     side_by_side,
     snapshot,
+    to_keep,
     write_down,
 )
 from .systems import an_entry_a_thread
@@ -139,10 +141,13 @@ def decide(
     value_sq,
     finite,
     best,
+    kept,
+    away,
     count,
     known,
     gram,
     slot,
+    stay,
     last,
     lanes,
     HISTORY: tl.constexpr,
@@ -150,17 +155,19 @@ def decide(
     RIDGE: tl.constexpr,
     RELATIVE_RIDGE: tl.constexpr,
 ):
-    """Judge a sample and solve for its mixing weights: (improved, moving, weights, what `note_down` takes).
+    """Judge a sample and solve for its mixing weights: (plan of `to_keep`, moving, weights, what `note_down`
+    takes).
 
     Every program of a sample decides the same from the same numbers; one of them notes it down.
 
-    sums: [LANES], the Gram matrix's new row. best: the record's, before this step. count: how many slots
-    may take part. known: of `look_up_more`. gram: of `load_gram`.
+    sums: [LANES], the Gram matrix's new row. best, kept, away: the record's, before this step. count: how
+    many slots may take part. known: of `look_up_more`. gram: of `load_gram`.
     """
     status, improved, verdict = judge_sample(known, residual_sq, value_sq, finite, best, RELATIVE)
     moving = (status == RUNNING) & (last == 0)
+    plan = to_keep(status, improved, moving, kept, away, stay)
     weights, mixed = weights_of(gram, sums, slot, count, lanes, HISTORY, RIDGE, RELATIVE_RIDGE)
-    return improved, moving, weights, (verdict, sums, moving, tl.where(mixed, count, 1))
+    return plan, moving, weights, (verdict, plan[3], sums, moving, tl.where(mixed, count, 1))
 
 
 @triton.jit
@@ -180,17 +187,19 @@ def note_down(
 
     gram: the sample's
     """
-    verdict, sums, moving, count = noted
-    write_down(record_ptr, active_ptr, B, sample, tick, verdict)
+    verdict, away, sums, moving, count = noted
+    write_down(record_ptr, active_ptr, B, sample, tick, verdict, away)
     tl.store(gram_ptr + slot * HISTORY + lanes, sums, mask=lanes < HISTORY)
     tl.store(gram_ptr + lanes * HISTORY + slot, sums, mask=lanes < HISTORY)
     if moving:
         tl.store(record_ptr + COUNT * B + sample, count)
 
 
-@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "last", "B", "parts"])
+@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "stay", "last", "B", "parts"])
 def anderson_advance_kernel(
     x_ptr,
+    other_ptr,
+    next_ptr,
     best_ptr,
     iterates_ptr,
     dots_ptr,
@@ -205,6 +214,7 @@ def anderson_advance_kernel(
     tick,
     next_tick,
     slot,
+    stay,
     last,
     HISTORY: tl.constexpr,
     LANES: tl.constexpr,
@@ -218,15 +228,16 @@ def anderson_advance_kernel(
 ):
     """Judge a sample, keep its best iterate, solve for the mixing weights and write its next iterate.
 
-    x, best: [B, N]    iterates: [HISTORY, B, N]    dots: [B, parts, LANES]    gram: [B, HISTORY, HISTORY]
-    record, before: [FIELDS, B]
+    x, other, next, best: [B, N]    iterates: [HISTORY, B, N]    dots: [B, parts, LANES]
+    gram: [B, HISTORY, HISTORY]    record, before: [FIELDS, B]
+    other: where the iterate before is, and next in its place; with stay, next in that of x.
     active: in `tick` the samples that go on are counted; `next_tick` is cleared for the next step.
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
     if (sample == 0) & (part == 0):
         tl.store(active_ptr + next_tick, 0)
-    status, best, kept = look_up(before_ptr, B, sample)
+    status, best, kept, away = look_up(before_ptr, B, sample)
     if (status == RUNNING) & (kept >= 0):  # the count, too, before the branch: it says what to load behind
         known = look_up_more(record_ptr, B, sample)
         # All that the decision takes is on its way before the first barrier, and what will be mixed as well.
@@ -240,7 +251,6 @@ def anderson_advance_kernel(
         begin = part * chunk
         end = tl.minimum(begin + chunk, N)
         columns = begin + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row + columns, mask=columns < end, other=0)
         needed = tl.where(last == 0, columns < end, False)
         iterates = load_slots(iterates_ptr + row + columns, ring, needed, slot, count, HISTORY, False)
 
@@ -250,16 +260,19 @@ def anderson_advance_kernel(
         finite = is_finite(residual_sq) & is_finite(value_sq)
         if OVER_BATCH:
             residual_sq, value_sq = batch_sums(dots_ptr, before_ptr, B, parts, slot, HISTORY, LANES)
-        improved, moving, weights, noted = decide(
+        plan, moving, weights, noted = decide(
             sums,
             residual_sq,
             value_sq,
             finite,
             best,
+            kept,
+            away,
             count,
             known,
             gram,
             slot,
+            stay,
             last,
             lanes,
             HISTORY,
@@ -267,24 +280,24 @@ def anderson_advance_kernel(
             RIDGE,
             RELATIVE_RIDGE,
         )
+        keep(x_ptr + row, other_ptr + row, best_ptr + row, begin, end, plan, BLOCK)
         for start in range(begin, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < end
-            tl.store(best_ptr + row + columns, x, mask=tl.where(improved, inside, False))
             following = mix(iterates, weights, HISTORY, WIDE)
-            tl.store(x_ptr + row + columns, following, mask=tl.where(moving, inside, False))
+            tl.store(next_ptr + row + columns, following, mask=tl.where(moving, columns < end, False))
             ahead = columns + BLOCK
-            x = tl.load(x_ptr + row + ahead, mask=tl.where(improved, ahead < end, False), other=0)
             needed = tl.where(moving, ahead < end, False)
             iterates = load_slots(iterates_ptr + row + ahead, ring, needed, slot, count, HISTORY, False)
         if part == 0:
             note_down(record_ptr, gram_ptr, active_ptr, B, sample, tick, slot, noted, lanes, HISTORY)
 
 
-@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "filled", "last", "B"])
+@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "filled", "stay", "last", "B"])
 def anderson_step_kernel(
     fx_ptr,
     x_ptr,
+    other_ptr,
+    next_ptr,
     best_ptr,
     residuals_ptr,
     iterates_ptr,
@@ -297,6 +310,7 @@ def anderson_step_kernel(
     next_tick,
     slot,
     filled,
+    stay,
     last,
     HISTORY: tl.constexpr,
     LANES: tl.constexpr,
@@ -311,14 +325,14 @@ def anderson_step_kernel(
     """A whole step of a sample of at most BLOCK entries: both kernels in one, x and the newest slot kept
     in registers between them.
 
-    fx, x, best: [B, N]    residuals, iterates: [HISTORY, B, N]    gram: [B, HISTORY, HISTORY]
-    record: [FIELDS, B]    active: as there
+    fx: [B, N]    residuals, iterates: [HISTORY, B, N]    gram: [B, HISTORY, HISTORY]
+    record: [FIELDS, B]    x, other, next, best, active: as there
     """
     sample = tl.program_id(0)
     if sample == 0:
         tl.store(active_ptr + next_tick, 0)
     # Loaded here, the sums' barriers lie between these and the stores that renew them.
-    status, best, kept = look_up(record_ptr, B, sample)
+    status, best, kept, away = look_up(record_ptr, B, sample)
     if (status == RUNNING) & (kept >= 0):  # the count, too, before the branch: it says what to load behind
         known = look_up_more(record_ptr, B, sample)
         lanes = tl.arange(0, LANES)
@@ -350,16 +364,19 @@ def anderson_step_kernel(
         )
         residual_sq = pick(sums, lanes, slot)
         value_sq = pick(sums, lanes, HISTORY)
-        improved, moving, weights, noted = decide(
+        plan, moving, weights, noted = decide(
             sums,
             residual_sq,
             value_sq,
             is_finite(residual_sq) & is_finite(value_sq),
             best,
+            kept,
+            away,
             count,
             known,
             gram,
             slot,
+            stay,
             last,
             lanes,
             HISTORY,
@@ -370,7 +387,8 @@ def anderson_step_kernel(
         ready = ()
         for j in tl.static_range(HISTORY):
             ready += (tl.where(slot == j, newest, iterates[j]),)
-        tl.store(best_ptr + place, x, mask=tl.where(improved, inside, False))
+        row = sample.to(tl.int64) * N
+        keep(x_ptr + row, other_ptr + row, best_ptr + row, 0, N, plan, BLOCK)
         following = mix(ready, weights, HISTORY, WIDE)
-        tl.store(x_ptr + place, following, mask=tl.where(moving, inside, False))
+        tl.store(next_ptr + place, following, mask=tl.where(moving, inside, False))
         note_down(record_ptr, gram_ptr, active_ptr, B, sample, tick, slot, noted, lanes, HISTORY)

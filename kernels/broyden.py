@@ -16,12 +16,14 @@ from .primitives import (
     batch_sums,
     is_finite,
     judge_sample,
+    keep,
     load_sums,
     look_up,
     look_up_more,
     pick,
     side_by_side,
     snapshot,
+    to_keep,
     write_down,
 )
 from .systems import an_entry_a_thread, balance, load_matrix, renew, solve
@@ -166,9 +168,11 @@ def weighted(ring_ptr, stride, inside, weights, lanes, first, WIDE: tl.constexpr
     return mix(slots, factors, TOGETHER, WIDE)
 
 
-@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "newest", "last", "B", "parts"])
+@triton.jit(do_not_specialize=["tick", "next_tick", "slot", "newest", "stay", "last", "B", "parts"])
 def broyden_advance_kernel(
     x_ptr,
+    other_ptr,
+    next_ptr,
     best_ptr,
     changes_ptr,
     dots_ptr,
@@ -185,6 +189,7 @@ def broyden_advance_kernel(
     next_tick,
     slot,
     newest,
+    stay,
     last,
     SLOTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -198,14 +203,14 @@ def broyden_advance_kernel(
 
     Every program of a sample takes the same decisions from the same numbers; part 0 writes them down.
 
-    x, best: [B, N]    changes: [SLOTS, B, N]    dots: [B, parts, 3, LANES]    matrix: [B, SLOTS, SLOTS]
-    squares: [B, SLOTS]    record, before: [FIELDS, B]    active: as there
+    x, other, next, best, active: as there    changes: [SLOTS, B, N]    dots: [B, parts, 3, LANES]
+    matrix: [B, SLOTS, SLOTS]    squares: [B, SLOTS]    record, before: [FIELDS, B]
     """
     sample = tl.program_id(0)
     part = tl.program_id(1)
     if (sample == 0) & (part == 0):
         tl.store(active_ptr + next_tick, 0)
-    status, best, kept = look_up(before_ptr, B, sample)
+    status, best, kept, away = look_up(before_ptr, B, sample)
     if status == RUNNING:
         known = look_up_more(record_ptr, B, sample)
         lanes = tl.arange(0, LANES)
@@ -222,7 +227,6 @@ def broyden_advance_kernel(
         begin = part * chunk
         end = tl.minimum(begin + chunk, N)
         columns = begin + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row + columns, mask=columns < end, other=0)
         if SLOTS <= AT_ONCE:
             needed = tl.where(last == 0, columns < end, False)
             changes = load_slots(changes_ptr + row + columns, ring, needed, slot, pairs + 1, SLOTS, False)
@@ -241,6 +245,7 @@ def broyden_advance_kernel(
             )
         judged, improved, verdict = judge_sample(known, residual_sq, value_sq, finite, best, RELATIVE)
         moving = (judged == RUNNING) & (last == 0)
+        plan = to_keep(judged, improved, moving, kept, away, stay)
 
         # The newest pair's may hold this step's sums already or not: the ones in registers count.
         matrix = renew(matrix, newest, -by_change, by_curvature, lanes, SLOTS)
@@ -252,11 +257,11 @@ def broyden_advance_kernel(
         weights = tl.where(lanes == slot, 1.0, coefficients).to(WIDE)
         if SLOTS <= AT_ONCE:
             factors = scalars(weights, lanes, SLOTS)
+        keep(x_ptr + row, other_ptr + row, best_ptr + row, begin, end, plan, BLOCK)
         for start in range(begin, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             place = row + columns
             goes_on = tl.where(moving, columns < end, False)
-            tl.store(best_ptr + place, x, mask=tl.where(improved, columns < end, False))
             if SLOTS <= AT_ONCE:
                 total = mix(changes, factors, SLOTS, WIDE)
                 needed = tl.where(moving, columns + BLOCK < end, False)
@@ -265,12 +270,10 @@ def broyden_advance_kernel(
                 total = tl.zeros([BLOCK], dtype=WIDE)
                 for first in range(0, SLOTS, TOGETHER):
                     total += weighted(changes_ptr + place, ring, goes_on, weights, lanes, first, WIDE)
-            tl.store(x_ptr + place, total, mask=goes_on)
-            needed = tl.where(improved, columns + BLOCK < end, False)
-            x = tl.load(x_ptr + place + BLOCK, mask=needed, other=0)
+            tl.store(next_ptr + place, total, mask=goes_on)
 
         if part == 0:
-            write_down(record_ptr, active_ptr, B, sample, tick, verdict)
+            write_down(record_ptr, active_ptr, B, sample, tick, verdict, plan[3])
             others = (lanes < SLOTS) & (lanes != newest)
             tl.store(matrix_ptr + newest * SLOTS + lanes, -by_change, mask=others)
             tl.store(matrix_ptr + lanes * SLOTS + newest, by_curvature, mask=lanes < SLOTS)

@@ -15,6 +15,7 @@ BEST = tl.constexpr(3)
 LIMIT = tl.constexpr(4)
 TOLERANCE = tl.constexpr(5)
 STEPS = tl.constexpr(6)
+AWAY = tl.constexpr(7)
 
 CONVERGED = tl.constexpr(0)
 RUNNING = tl.constexpr(1)
@@ -218,11 +219,13 @@ def batch_sums(dots_ptr, before_ptr, B, parts, residual_lane, value_lane, STRIDE
 
 @triton.jit
 def look_up(record_ptr, B, sample):
-    """What a step begins with: a sample's status, best residual and count, as they stand in the record."""
+    """What a step begins with: a sample's status, best residual, count, and whether its best iterate is away,
+    as they stand in the record."""
     status = tl.load(record_ptr + STATUS * B + sample)
     best = tl.load(record_ptr + BEST * B + sample)
     count = tl.load(record_ptr + COUNT * B + sample)
-    return status, best, count
+    away = tl.load(record_ptr + AWAY * B + sample)
+    return status, best, count, away
 
 
 @triton.jit
@@ -241,11 +244,12 @@ def snapshot(record_ptr, before_ptr, B, sample, part):
     Its programs of one sample run side by side, so they may not read what one of them writes. Returns the
     status.
     """
-    status, best, count = look_up(record_ptr, B, sample)
+    status, best, count, away = look_up(record_ptr, B, sample)
     # Masks, since behind a branch they would be loaded one after the other.
     tl.store(before_ptr + STATUS * B + sample, status, mask=part == 0)
     tl.store(before_ptr + BEST * B + sample, best, mask=part == 0)
     tl.store(before_ptr + COUNT * B + sample, count, mask=part == 0)
+    tl.store(before_ptr + AWAY * B + sample, away, mask=part == 0)
     return status
 
 
@@ -260,12 +264,51 @@ def judge_sample(known, residual_sq, value_sq, finite, best, RELATIVE: tl.conste
 
 
 @triton.jit
-def write_down(record_ptr, active_ptr, B, sample, tick, verdict):
-    """The verdict of `judge_sample` into the record, and one more in `active[tick]` if the sample goes on."""
+def to_keep(status, improved, moving, kept, away, stay):
+    """What a step does about a sample's best iterate, for `keep`: (fresh, behind, ended, away).
+
+    The next iterate goes where the one before is, so the present one, if it is the best, can lie where it is:
+    `away` until a later one is better, or until the place is needed. So a step that improves copies nothing.
+
+    away: whether the best so far is the iterate before. stay: whether the next one goes where the present is.
+    kept: the sample's count; of one that ends at its first step, when that is 0, no iterate is better.
+    """
+    ended = status != RUNNING
+    fresh = tl.where(stay == 0, improved & (moving == 0), improved) | (ended & (kept == 0))
+    behind = (away != 0) & (improved == 0)
+    return fresh, behind, ended, tl.where(stay == 0, improved & moving, False)
+
+
+@triton.jit
+def keep(x_ptr, other_ptr, best_ptr, begin, end, plan, BLOCK: tl.constexpr):
+    """A part of a sample's best iterate into `best`, by the plan of `to_keep`; before the next one is stored.
+
+    Of a sample that ends, both places hold its last iterate then: f is evaluated at either.
+    x, other, best: of the sample
+    """
+    fresh, behind, ended, _ = plan
+    if fresh | behind | ended:
+        for start in range(begin, end, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < end
+            x = tl.load(x_ptr + columns, mask=tl.where(fresh | ended, inside, False), other=0)
+            before = tl.load(other_ptr + columns, mask=tl.where(behind, inside, False), other=0)
+            best = tl.where(fresh, x, before)
+            tl.store(best_ptr + columns, best, mask=tl.where(fresh | behind, inside, False))
+            tl.store(other_ptr + columns, x, mask=tl.where(ended, inside, False))
+
+
+@triton.jit
+def write_down(record_ptr, active_ptr, B, sample, tick, verdict, away):
+    """The verdict of `judge_sample` into the record, and one more in `active[tick]` if the sample goes on.
+
+    away: of `to_keep`
+    """
     status, residual, finite, improved, limit, steps = verdict
     tl.store(record_ptr + STATUS * B + sample, status)
     tl.store(record_ptr + STEPS * B + sample, steps)
     tl.store(record_ptr + LIMIT * B + sample, limit)
+    tl.store(record_ptr + AWAY * B + sample, away.to(tl.float64))
     if finite:
         tl.store(record_ptr + RESIDUAL * B + sample, residual)
     if improved:

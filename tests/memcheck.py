@@ -41,6 +41,7 @@ from registers.
 BEHIND_A_SUM = (
     ("primitives.py", "STATUS"),
     ("primitives.py", "BEST"),
+    ("primitives.py", "AWAY"),
     ("anderson.py", "COUNT"),
     ("broyden.py", "COUNT"),
 )

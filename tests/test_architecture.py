@@ -73,6 +73,7 @@ HELPERS = {
     "rows",
     "interpreted",
     "launch",
+    "places",
 }
 
 

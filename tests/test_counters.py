@@ -81,9 +81,9 @@ def test_the_kernels_themselves_never_make_the_host_wait(device):
 
 @pytest.mark.parametrize("mixing", [1.0, 0.7])
 def test_a_step_moves_no_more_bytes_than_it_must(device, backend, mixing):
-    """Kernels: 2m + 6 states. The residual kernel reads f, x and m − 1 residuals and writes G and x + βG;
-    the other reads x and m iterates and writes the best and x. It would be 2m + 5 if f wrote its value
-    into the ring itself.
+    """Kernels: 2m + 4 states. The residual kernel reads f, x and m − 1 residuals and writes G and x + βG;
+    the other reads m iterates and writes x: each step improves, so the best stays where it is. It would be
+    2m + 3 if f wrote its value into the ring itself.
 
     The reference: 2m + 10, since each operator reads its operands anew. A damped step costs it one more.
     """
@@ -91,7 +91,7 @@ def test_a_step_moves_no_more_bytes_than_it_must(device, backend, mixing):
         pytest.skip("a compiled kernel does not tell what it loads")
     f, z0 = problem(device)
     state_bytes = z0.numel() * z0.element_size()
-    limit = 2 * HISTORY + (6 if backend == "triton" else 10 + (mixing != 1))
+    limit = 2 * HISTORY + (4 if backend == "triton" else 10 + (mixing != 1))
     solver = td.Anderson(history=HISTORY, mixing=mixing)
     for step in steps_of(f, z0, solver, **FULL, backend=backend):
         # A fifth of a state for all that has one entry a sample or a part.
@@ -99,17 +99,20 @@ def test_a_step_moves_no_more_bytes_than_it_must(device, backend, mixing):
 
 
 def test_a_broyden_step_moves_no_more_bytes_than_it_must(device, backend):
-    """Kernels: 3m + 10 states. The residual kernel reads f, x, the open slot's two and m − 1 pairs and writes
-    the newest pair and the open slot; the other reads x, f and m changes and writes the best and x.
+    """Kernels: 3m + 8 states. The residual kernel reads f, x, the open slot's two and m − 1 pairs and writes
+    the newest pair and the open slot; the other reads f and m changes and writes x. Where the residual
+    grows, the best iterate is read and written besides.
 
     The reference: 3m + 25.
     """
     if backend == "triton" and not interpreting():
         pytest.skip("a compiled kernel does not tell what it loads")
     f, z0 = problem(device)
-    limit = 3 * HISTORY + (10 if backend == "triton" else 25)
-    for step in steps_of(f, z0, SOLVERS["broyden"], tol=0, max_steps=HISTORY + 4, backend=backend):
-        assert step.moved <= (limit + 0.5) * z0.numel() * z0.element_size()
+    limits = [3 * HISTORY + each for each in ((8, 10) if backend == "triton" else (25, 25))]
+    steps = steps_of(f, z0, SOLVERS["broyden"], tol=0, max_steps=HISTORY + 4, backend=backend)
+    moved = [step.moved / (z0.numel() * z0.element_size()) for step in steps]
+    assert min(moved[HISTORY:]) <= limits[0] + 0.5
+    assert max(moved) <= limits[1] + 0.5
 
 
 @pytest.mark.kernels
@@ -122,8 +125,8 @@ def test_a_full_step_moves_what_the_catalog_says(device, dtype):
     names = STEPS[f"Anderson step [{dtype},m={HISTORY}]"]
     traffic = sum(entry.traffic(entry, BATCH, SIZE) for entry in ENTRIES if entry.name in names)
     f, z0 = problem(device, {"bf16": torch.bfloat16, "fp64": torch.float64}[dtype])
-    # The catalog counts a step that improves on the best so far; at its rounding, bf16 takes others too.
-    moved = max(step.moved for step in steps_of(f, z0, **FULL, backend="triton"))
+    # The catalog counts a full step that improves on the best so far; the last ones are some.
+    moved = min(step.moved for step in steps_of(f, z0, **FULL, backend="triton")[HISTORY:])
     assert moved == pytest.approx(traffic, rel=0.03)
 
 
@@ -171,7 +174,8 @@ def test_peak_memory_is_the_history(device, backend):
 
 
 def test_peak_memory_of_broyden_is_its_pairs(device, backend):
-    """2m + 2 states of rings, x and the best, f's value: 2m + 5. Counted with them: z0, f's own temporary.
+    """2m + 2 states of rings, two places for x and one for the best, f's value: 2m + 6. Counted with them:
+    z0, f's own temporary. The reference needs no second place.
 
     The reference has two more to compute in, but only for a block of samples at a time, of which this state
     is one.
@@ -180,7 +184,7 @@ def test_peak_memory_of_broyden_is_its_pairs(device, backend):
     with Counter(z0) as counter:
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
         td.solve(f, z0, SOLVERS["broyden"], tol=0, max_steps=HISTORY + 3, backend=backend)
-    limit = 2 * HISTORY + 5 + 2 + (2 if backend == "reference" else 0)
+    limit = 2 * HISTORY + 6 + 2 + (1 if backend == "reference" else 0)
     assert counter.peak - before <= (limit + 0.2) * z0.numel() * z0.element_size()
 
 

@@ -289,9 +289,10 @@ def test_the_command_tells_what_a_warp_waits_for(tmp_path: Path):
     assert table.count("anderson_advance[fp32,m=6]") == 1
     assert f" {whole['instructions']} " in table
     assert f"{loops[0]['clocks']} ({loops[0]['memory']}, {loops[0]['barriers']})" in table
-    # Loads that the decision takes, those that it says to make, and no more: one sum has two barriers.
-    assert whole["memory"] <= 3
-    assert whole["barriers"] == 2
+    # Loads that the decision takes, those that it says to make, those of a best iterate that has to move, and
+    # no more; one sum has two barriers, or one. Some compilers make two waits of one.
+    assert whole["memory"] <= 5
+    assert 1 <= whole["barriers"] <= 2
 
 
 def test_without_nvidias_code_it_says_so(capsys):

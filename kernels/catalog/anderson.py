@@ -10,6 +10,7 @@ from .entry import (
     MANY,
     ODD,
     ONE_LARGE,
+    PLACES,
     SMALL,
     Entry,
     Pointer,
@@ -93,13 +94,14 @@ def _advance(
         kernel=kernels.anderson_advance_kernel,
         shape=(rows.batch, rows.entries),
         arguments={
-            **{name: Pointer(dtype) for name in ("x_ptr", "best_ptr", "iterates_ptr")},
+            **{name: Pointer(dtype) for name in (*PLACES, "iterates_ptr")},
             "dots_ptr": Pointer("fp64"),
             **{name: Pointer("fp64") for name in ("gram_ptr", "record_ptr", "before_ptr")},
             "active_ptr": Pointer("i32"),
             **sizes_of(in_few_waves(rows, resident=3)),
             **ticks_of(history, history),
             "slot": 0,
+            "stay": 0,
             "last": 0,
             "HISTORY": history,
             "LANES": lanes_of(history),
@@ -111,7 +113,7 @@ def _advance(
             "RELATIVE_RIDGE": relative_ridge,
             "WIDE": getattr(tl, wide.replace("fp", "float")),
         },
-        contiguous=("x_ptr", "best_ptr", "iterates_ptr"),
+        contiguous=(*PLACES, "iterates_ptr"),
         traffic=_advance_traffic,
         work=_advance_work,
         options=_options(rows.block, dtype, history),
@@ -130,7 +132,7 @@ def _step(dtype: str, history: int, rows: Rows, note: str = "") -> Entry:
         kernel=kernels.anderson_step_kernel,
         shape=(rows.batch, rows.entries),
         arguments={name: value for name, value in arguments.items() if name not in of_two_launches},
-        contiguous=("fx_ptr", "x_ptr", "best_ptr", "residuals_ptr", "iterates_ptr"),
+        contiguous=("fx_ptr", *PLACES, "residuals_ptr", "iterates_ptr"),
         traffic=_step_traffic,
         work=lambda *of: _residual_work(*of) | _advance_work(*of) | {unit_of(of[0]): _step_work(*of)},
         options=_options(rows.block, dtype, history),
@@ -139,10 +141,10 @@ def _step(dtype: str, history: int, rows: Rows, note: str = "") -> Entry:
 
 
 def _step_traffic(entry: Entry, batch: int, entries: int) -> int:
-    """Read f(x), x, m − 1 older residuals and iterates; write a residual, an iterate, x and the best."""
+    """Read f(x), x, m − 1 older residuals and iterates; write a residual, an iterate and x."""
     history = entry.arguments["HISTORY"]
-    states = (2 * history + 4) * batch * entries * BYTES[entry.dtype]
-    return states + batch * ((history * history + 2 * history) * 8 + 10 * 8)
+    states = (2 * history + 3) * batch * entries * BYTES[entry.dtype]
+    return states + batch * ((history * history + 2 * history) * 8 + 12 * 8)
 
 
 def _step_work(entry: Entry, batch: int, entries: int) -> int:
@@ -156,7 +158,7 @@ def _residual_traffic(entry: Entry, batch: int, entries: int) -> int:
     the sums."""
     history, lanes = entry.arguments["HISTORY"], entry.arguments["LANES"]
     states = (history + 3 - entry.arguments["LANDED"]) * batch * entries * BYTES[entry.dtype]
-    return states + batch * (lanes * BYTES[entry.arguments["dots_ptr"].dtype] + 4 * 8)
+    return states + batch * (lanes * BYTES[entry.arguments["dots_ptr"].dtype] + 8 * 8)
 
 
 def _residual_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
@@ -165,14 +167,14 @@ def _residual_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
 
 
 def _advance_traffic(entry: Entry, batch: int, entries: int) -> int:
-    """Read m iterates and write x; read x and write it to best, as a step that improves does; then the sums.
+    """Read m iterates and write x, as a step that improves does, whose best stays where it is; then the sums.
 
     The Gram matrix is read once and one row and column of it are written; so is the record.
     """
     history, lanes = entry.arguments["HISTORY"], entry.arguments["LANES"]
-    states = (history + 3) * batch * entries * BYTES[entry.dtype]
+    states = (history + 1) * batch * entries * BYTES[entry.dtype]
     sums = lanes * BYTES[entry.arguments["dots_ptr"].dtype]
-    return states + batch * (sums + (history * history + 2 * history) * 8 + 11 * 8)
+    return states + batch * (sums + (history * history + 2 * history) * 8 + 13 * 8)
 
 
 def _advance_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from .entry import (
     MANY,
     ODD,
     ONE_LARGE,
+    PLACES,
     Entry,
     Pointer,
     Rows,
@@ -45,11 +46,11 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         small = {"dots_ptr": fp64, "record_ptr": fp64, "before_ptr": fp64}
         sizes = {**sizes_of(rows), "slot": 0, "newest": memory, "filled": slots, "LANDED": False}
     else:
-        states = ("x_ptr", "best_ptr", "changes_ptr")
+        states = (*PLACES, "changes_ptr")
         small = dict.fromkeys(("dots_ptr", "matrix_ptr", "squares_ptr", "record_ptr", "before_ptr"), fp64)
         small["active_ptr"] = Pointer("i32")
         sizes = {**sizes_of(in_few_waves(rows, resident=2)), **ticks_of(slots, slots)}
-        sizes |= {"slot": 0, "newest": memory, "last": 0}
+        sizes |= {"slot": 0, "newest": memory, "stay": 0, "last": 0}
         warps = 8 if slots > 31 else 4
         constants |= {"PARTS": 1 << (rows.parts - 1).bit_length(), "RELATIVE": True, "OVER_BATCH": False}
     return Entry(
@@ -61,7 +62,8 @@ def _broyden(part: str, dtype: str, memory: int, rows: Rows = MANY, note: str = 
         contiguous=states,
         traffic=_broyden_residual_traffic if part == "residual" else _broyden_advance_traffic,
         work=_broyden_residual_work if part == "residual" else _broyden_advance_work,
-        options={"enable_fp_fusion": True, "num_warps": warps},
+        options={"enable_fp_fusion": True, "num_warps": warps}
+        | ({"maxnreg": 255} if part == "advance" else {}),
         budget=budget_of(dtype, rows),
     )
 
@@ -70,7 +72,7 @@ def _broyden_residual_traffic(entry: Entry, batch: int, entries: int) -> int:
     """Read f(x), x, the open slot's two and m − 1 older pairs; write the newest pair and the open slot."""
     slots, lanes = entry.arguments["SLOTS"], entry.arguments["LANES"]
     states = (4 + 2 * (slots - 2) + 4) * batch * entries * BYTES[entry.dtype]
-    return states + batch * (3 * lanes * 8 + 4 * 8)
+    return states + batch * (3 * lanes * 8 + 8 * 8)
 
 
 def _broyden_residual_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:
@@ -79,13 +81,13 @@ def _broyden_residual_work(entry: Entry, batch: int, entries: int) -> dict[str, 
 
 
 def _broyden_advance_traffic(entry: Entry, batch: int, entries: int) -> int:
-    """Read m changes and f(x), write x; read x and write it to best, as a step that improves does.
+    """Read m changes and f(x) and write x, as a step that improves does, whose best stays where it is.
 
     M is read once and one row and column of it are written; so is the record.
     """
     slots, lanes = entry.arguments["SLOTS"], entry.arguments["LANES"]
-    states = (slots + 3) * batch * entries * BYTES[entry.dtype]
-    return states + batch * (3 * lanes * 8 + (slots * slots + 3 * slots + 1) * 8 + 11 * 8)
+    states = (slots + 1) * batch * entries * BYTES[entry.dtype]
+    return states + batch * (3 * lanes * 8 + (slots * slots + 3 * slots + 1) * 8 + 13 * 8)
 
 
 def _broyden_advance_work(entry: Entry, batch: int, entries: int) -> dict[str, int]:

@@ -77,6 +77,8 @@ class Rows:
     block: int
 
 
+PLACES = ("x_ptr", "other_ptr", "next_ptr", "best_ptr")
+"""What a step reads and writes of the iterates."""
 MANY = Rows(64, 16384, parts=8, chunk=2048, block=2048)
 SMALL = Rows(256, 1024, parts=1, chunk=1024, block=1024)
 ONE_LARGE = Rows(1, 1 << 20, parts=256, chunk=4096, block=2048)

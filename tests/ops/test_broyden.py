@@ -16,6 +16,7 @@ from tests.problems import tanh_map
 from triton_deq.backend import interpreting
 from triton_deq.ops import broyden as op
 from triton_deq.ops.launch import launch_anew, partition
+from triton_deq.ops.places import best_so_far
 from triton_deq.status import Status
 from triton_deq.verification import BOUNDS, Case, check_broyden
 
@@ -64,7 +65,7 @@ def test_programs_may_run_in_any_order(over_batch, monkeypatch):
         for step in range(5):
             op.broyden_residual(state, torch.cos(3 * state.x), step, "triton")
             op.broyden_advance(state, step, **rule, backend="triton")
-        return (state.x, state.best, state.matrix, state.squares, state.record.data)
+        return (state.x, best_so_far(state), state.matrix, state.squares, state.record.data)
 
     found = steps()
     with backwards():
@@ -129,7 +130,9 @@ def test_only_what_has_not_changed_is_launched_again(change, device, monkeypatch
             torch.cos(3 * state.x, out=where)  # which comes to no rest
             op.broyden_residual(state, where, step, "triton")
             op.broyden_advance(state, step, **rule | {"last": step == count - 1}, backend="triton")
-            trail.append([each.clone() for each in (state.x, state.best, state.matrix, state.record.data)])
+            trail.append(
+                [each.clone() for each in (state.x, best_so_far(state), state.matrix, state.record.data)]
+            )
         return trail
 
     used, new = (op.broyden_start(x, 2, 0.0, 20, "triton") for x in (first, second))
@@ -261,14 +264,15 @@ def test_the_adjoint_is_the_transposed_inverse_of_broydens_matrix(memory, backen
 def test_stopped_samples_are_left_alone(backend, device):
     x = torch.randn(3, 40, device=device)
     state = op.broyden_start(x, 2, 1e-6, 8, backend)
-    state.record.status[1] = Status.CONVERGED
+    state.record.tolerance[1] = math.inf
     for step in range(4):
         fx = torch.randn_like(x)
-        fx[1] = math.nan
+        if step > 0:
+            fx[1] = math.nan
         op.broyden_residual(state, fx, step, backend)
         op.broyden_advance(state, step, **RULE, backend=backend)
     assert torch.equal(state.x[1], x[1])
-    assert state.record.steps.tolist() == [4, 0, 4]
+    assert state.record.steps.tolist() == [4, 1, 4]
     assert state.x.isfinite().all()
 
 

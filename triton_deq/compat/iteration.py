@@ -16,6 +16,7 @@ from .. import backend as backends
 from ..checks import check_state
 from ..ops.anderson import anderson_advance, anderson_residual, anderson_squares, anderson_start
 from ..ops.broyden import broyden_advance, broyden_residual, broyden_squares, broyden_start
+from ..ops.places import best_so_far
 from ..reference.anderson import anderson_mix
 from ..reference.broyden import broyden_mix
 from ..reference.rows import SAFE, keep_best
@@ -151,7 +152,7 @@ class EngineIteration(Iteration):
 
     @property
     def best(self) -> Tensor:  # type: ignore[override]
-        return self._state.best
+        return best_so_far(self._state)
 
 
 class AndersonIteration(EngineIteration):

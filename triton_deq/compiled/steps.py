@@ -20,7 +20,7 @@ from .calls import Call, array, compiled, fields, share, vectorised
 
 # Rows of a solve's record; these numbers and the limits are those of triton_deq/reference.
 STATUS, COUNT, RESIDUAL, BEST, LIMIT, TOLERANCE, STEPS = range(7)
-FIELDS = 7
+FIELDS = 8
 CONVERGED, RUNNING, DIVERGED, NONFINITE = range(4)
 DIVERGENCE = 1e6
 WEIGHT_LIMIT = 1e4

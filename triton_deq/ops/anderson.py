@@ -28,6 +28,7 @@ from .launch import (
     partition,
     wide_dtype,
 )
+from .places import next_place, stays, turn, turn_back
 
 __all__ = [
     "AndersonState",
@@ -72,7 +73,7 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend:
     parts = _cut(x, history).parts
     return AndersonState(
         x=x,
-        best=x.clone(),
+        best=torch.empty_like(x),
         residuals=x.new_empty((history, batch, entries)),
         iterates=x.new_empty((history, batch, entries)),
         gram=x.new_zeros((batch, history, history), dtype=torch.float64),
@@ -81,6 +82,7 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int, backend:
         before=torch.empty_like(record.data),
         active=torch.zeros(cycle_length(history), dtype=torch.int32, device=x.device),
         spare=x.new_empty(0),
+        other=torch.empty_like(x),
     )
 
 
@@ -124,6 +126,8 @@ def anderson_step(
             (batch,),
             fx,
             state.x,
+            state.other,
+            next_place(state, step),
             state.best,
             state.residuals,
             state.iterates,
@@ -136,6 +140,7 @@ def anderson_step(
             (step + 1) % len(state.active),
             step % state.history,
             filled,
+            int(stays(state, step)),
             int(last),
             MIXING=mixing,
             LANDED=_landed(state, fx, step),
@@ -147,6 +152,7 @@ def anderson_step(
 
     alike = fx.data_ptr(), filled, last, mixing, relative, ridge, relative_ridge
     launch_at(("step", tick), alike, state.launched, make)
+    turn(state, step, last)
     return state.active[tick]
 
 
@@ -168,8 +174,8 @@ def _landed(state: AndersonState, fx: Tensor, step: int) -> bool:
 
 def anderson_restart(state: AndersonState, x: Tensor, tol: float) -> None:
     """Put the state back to before the first step, from another x `[B, N]`, in the memory that it has."""
+    turn_back(state)
     state.x.copy_(x)
-    state.best.copy_(x)
     state.record.reset(tol)
     state.gram.zero_()
     state.active.zero_()
@@ -183,6 +189,7 @@ def anderson_select(state: AndersonState, samples: Tensor, backend: str) -> Ande
         state,
         x=x,
         best=state.best[samples],
+        other=state.other[samples] if len(state.other) else state.other,
         residuals=state.residuals[:, samples],
         iterates=state.iterates[:, samples],
         gram=state.gram[samples.to(state.gram.device)],
@@ -230,7 +237,8 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
             **(at_most(128) if state.history == 6 and state.x.dtype == torch.float32 else {}),
         )
 
-    launch_at(("residual", slot), (fx.data_ptr(), filled, mixing), state.launched, make)
+    place = "residual", step % len(state.active)
+    launch_at(place, (fx.data_ptr(), filled, mixing), state.launched, make)
     return None
 
 
@@ -280,6 +288,8 @@ def anderson_advance(
             _kernels().anderson_advance_kernel,
             (len(state.x), own.parts),
             state.x,
+            state.other,
+            next_place(state, step),
             state.best,
             state.iterates,
             state.dots,
@@ -293,6 +303,7 @@ def anderson_advance(
             tick,
             (step + 1) % len(state.active),
             step % state.history,
+            int(stays(state, step)),
             int(last),
             PARTS=next_power_of_2(cut.parts),
             RELATIVE=relative,
@@ -304,6 +315,7 @@ def anderson_advance(
 
     alike = last, relative, over_batch, ridge, relative_ridge
     launch_at(("advance", tick), alike, state.launched, make)
+    turn(state, step, last)
     return state.active[tick]
 
 

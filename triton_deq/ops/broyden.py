@@ -19,6 +19,7 @@ from ..reference.record import Record
 from .launch import (
     Again,
     Partition,
+    at_most,
     cycle_length,
     in_few_waves,
     launch,
@@ -27,6 +28,7 @@ from .launch import (
     partition,
     wide_dtype,
 )
+from .places import next_place, stays, turn, turn_back
 
 BLOCK_BYTES = 4096
 """Of one state at a time, 16-bit ones as if of 32: products with a pair hold three of them in float64."""
@@ -58,7 +60,7 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: s
     parts = _cut(x).parts
     return BroydenState(
         x=x,
-        best=x.clone(),
+        best=torch.empty_like(x),
         moves=x.new_empty((slots, batch, entries)),
         changes=x.new_empty((slots, batch, entries)),
         matrix=x.new_zeros((batch, slots, slots), dtype=torch.float64),
@@ -68,6 +70,7 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int, backend: s
         before=torch.empty_like(record.data),
         active=torch.zeros(cycle_length(slots), dtype=torch.int32, device=x.device),
         spare=x.new_empty(0),
+        other=torch.empty_like(x),
     )
 
 
@@ -84,8 +87,8 @@ def _landed(state: BroydenState, fx: Tensor, step: int) -> bool:
 
 def broyden_restart(state: BroydenState, x: Tensor, tol: float) -> None:
     """Put the state back to before the first step, from another x `[B, N]`, in the memory that it has."""
+    turn_back(state)
     state.x.copy_(x)
-    state.best.copy_(x)
     state.record.reset(tol)
     state.matrix.zero_()
     state.squares.zero_()
@@ -100,6 +103,7 @@ def broyden_select(state: BroydenState, samples: Tensor, backend: str) -> Broyde
         state,
         x=x,
         best=state.best[samples],
+        other=state.other[samples] if len(state.other) else state.other,
         moves=state.moves[:, samples],
         changes=state.changes[:, samples],
         matrix=state.matrix[samples.to(state.matrix.device)],
@@ -145,7 +149,8 @@ def broyden_residual(state: BroydenState, fx: Tensor, step: int, backend: str) -
             **_constants(state),
         )
 
-    launch_at(("residual", slot), (fx.data_ptr(), filled), state.launched, make)
+    place = "residual", step % len(state.active)
+    launch_at(place, (fx.data_ptr(), filled), state.launched, make)
     return None
 
 
@@ -178,6 +183,8 @@ def broyden_advance(
             _kernels().broyden_advance_kernel,
             (len(state.x), own.parts),
             state.x,
+            state.other,
+            next_place(state, step),
             state.best,
             state.changes,
             state.dots,
@@ -193,14 +200,17 @@ def broyden_advance(
             (step + 1) % len(state.active),
             step % state.slots,
             (step - 1) % state.slots,
+            int(stays(state, step)),
             int(last),
             PARTS=next_power_of_2(cut.parts),
             RELATIVE=relative,
             OVER_BATCH=over_batch,
             **_constants(state, 8 if state.slots > 31 else None),  # which hold M, 64 × 64 in float64 then
+            **at_most(255),  # no bound: ptxas would spill some for the sake of more programs than RESIDENT
         )
 
     launch_at(("advance", tick), (last, relative, over_batch), state.launched, make)
+    turn(state, step, last)
     return state.active[tick]
 
 

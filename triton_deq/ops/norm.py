@@ -296,9 +296,8 @@ def norm_vjp_fwd(
         addend: added to the gradient in x, like vector, or None.
     """
     value = _fresh(vector) if out is None else out
-    branch_value = branch_out
     if branch_out is None:
-        branch_value = value if mask is None else _fresh(vector)
+        branch_out = value if mask is None else _fresh(vector)
     rows, stride = _rows(vector)
     normal_rows = normal.reshape(-1, normal.shape[-1]).contiguous()
     mask_rows, per = (rows, 1) if mask is None else _mask_rows(mask, normal.shape)
@@ -315,23 +314,23 @@ def norm_vjp_fwd(
         mask_rows,
         rows if addend is None else addend.contiguous(),
         value,
-        branch_value,
+        branch_out,
         len(rows),
         len(normal_rows),
         per,
         D=vector.shape[-1],
         VECTOR_STRIDE=stride,
-        BRANCH_OUT_STRIDE=_apart(branch_value),
+        BRANCH_OUT_STRIDE=_apart(branch_out),
         GAIN=gain is not None,
         SHIFT=shift is not None,
         BEND=bend is not None,
         MASK=mask is not None,
         ADDEND=addend is not None,
-        BRANCH=branch_value is not value,
+        BRANCH=branch_out is not value,
         WIDE=wide_dtype(normal.dtype),
         **constants,
     )
-    return value, branch_value
+    return value, branch_out
 
 
 class NormFunction(torch.autograd.Function):

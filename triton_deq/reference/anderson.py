@@ -56,7 +56,7 @@ class AndersonState:
     """Everything a solve keeps, for B samples of N entries and m history slots.
 
     x: `[B, N]`, the iterate that f is evaluated at. The reference lets x and best change roles.
-    best: `[B, N]`, each sample's iterate with the lowest residual.
+    best: `[B, N]`, each sample's iterate with the lowest residual; see ops/places.py for the kernels.
     residuals, iterates: `[m, B, N]` rings of `G_i` and of `x_i + β G_i`. Step k uses slot k mod m.
     gram: `[B, m, m]` float64, `G_i · G_j`; a step renews one row and column. On the host in the reference.
     dots: the new Gram row, then ‖f‖² in column m. Kernels: float64 `[B, P, ≥ m+1]`, partial sums over P
@@ -64,6 +64,8 @@ class AndersonState:
     before: `[FIELDS, B]`, the record as it was before the present step (kernels only).
     active: `[cycle]` int32, how many samples went on after step k, in k mod cycle (kernels only).
     spare: `[B, N]`, where the reference mixes if x has a narrower dtype than the rings; else empty.
+    other: `[B, N]`, the iterate before, and where the next one goes (kernels only).
+    turned: whether x and other have changed places (kernels only).
     sums: `anderson_sums` of this step, once it was asked for (reference only).
     whole: that every sample which goes on may use all slots that are filled (reference only).
     launched: by place in the cycle, what was launched there and how to do it again (kernels); compiled: what
@@ -80,6 +82,8 @@ class AndersonState:
     before: Tensor
     active: Tensor
     spare: Tensor
+    other: Tensor
+    turned: bool = False
     sums: tuple[NDArray[np.float64], bool] | None = None
     whole: bool = False
     launched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
@@ -131,6 +135,7 @@ def anderson_start(x: Tensor, history: int, tol: float, max_steps: int) -> Ander
         before=torch.empty(0, dtype=torch.float64, device=x.device),
         active=torch.empty(0, dtype=torch.int32, device=x.device),
         spare=x.new_empty((batch if x.dtype != wide else 0, entries), dtype=wide),
+        other=x.new_empty((0, entries)),
         whole=True,
     )
 

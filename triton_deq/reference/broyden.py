@@ -34,7 +34,7 @@ class BroydenState:
     holds x and f(x) themselves, until the next step subtracts them.
 
     x: `[B, N]`, the iterate that f is evaluated at. The reference lets x and best change roles.
-    best: `[B, N]`, each sample's iterate with the lowest residual.
+    best, other, turned: as in `AndersonState`.
     moves, changes: `[m + 1, B, N]` rings of `s_j` and `φ_j`.
     matrix: `[B, m + 1, m + 1]` float64, M by slots; a step renews one row and column. On the host in the
         reference; so is `squares`.
@@ -58,6 +58,8 @@ class BroydenState:
     before: Tensor
     active: Tensor
     spare: Tensor
+    other: Tensor
+    turned: bool = False
     sums: tuple[NDArray[np.float64], bool] | None = None
     launched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -94,6 +96,7 @@ def broyden_start(x: Tensor, memory: int, tol: float, max_steps: int) -> Broyden
         before=torch.empty(0, dtype=torch.float64, device=x.device),
         active=torch.empty(0, dtype=torch.int32, device=x.device),
         spare=x.new_empty((block_size(batch, entries), 2, entries), dtype=wide),
+        other=x.new_empty((0, entries)),
     )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..status import RUNNING, Status
 
 # Rows of `Record.data`; kernels/primitives.py holds the same numbers.
-STATUS, COUNT, RESIDUAL, BEST, LIMIT, TOLERANCE, STEPS = range(7)
-FIELDS = 7
+STATUS, COUNT, RESIDUAL, BEST, LIMIT, TOLERANCE, STEPS, AWAY = range(8)
+FIELDS = 8
 
 DIVERGENCE = 1e6
 """A sample has diverged when its residual exceeds this many times the scale of its first step."""
@@ -35,6 +35,7 @@ class Record:
     - `limit`: the absolute residual beyond which the sample has diverged; 0 until the first step
     - `tolerance`: where it has converged
     - `steps`: evaluations of f until it stopped
+    - `away`: 1 while its best iterate is still where it was evaluated, the one before the newest (kernels)
     """
 
     _before: tuple[float, Tensor] | None = None
@@ -91,6 +92,7 @@ class Record:
     limit = property(lambda self: self.data[LIMIT])
     tolerance = property(lambda self: self.data[TOLERANCE])
     steps = property(lambda self: self.data[STEPS])
+    away = property(lambda self: self.data[AWAY])
 
     def judge(
         self,
@@ -109,7 +111,7 @@ class Record:
         Returns two masks `[B]`: `improved`, the samples whose present iterate is their best, and `moving`,
         those that go on to another iterate.
         """
-        status, _, held, best, limit, tolerance, steps = self.rows
+        status, _, held, best, limit, tolerance, steps, _ = self.rows
         running = self.running
         if regular and not over_batch and np.count_nonzero(running) == len(running):
             norm = np.sqrt(residual_sq)

@@ -151,7 +151,7 @@ class Cached:
         """Whether all that f was seen to read is the state, an input, a parameter or a buffer."""
         if self.reads is None:  # it was, else this would have been forgotten
             return True
-        known = self.reads.only([self.state.x, *self.inputs], [self.f.module])
+        known = self.reads.only([self.state.x, self.state.other, *self.inputs], [self.f.module])
         self.reads = None  # which has kept all that f made
         return known and (self.prelude is not None or not hasattr(self.f, "prepare"))
 

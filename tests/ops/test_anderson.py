@@ -145,12 +145,12 @@ def test_only_what_has_not_changed_is_launched_again(change, width, device, monk
             )
         return trail
 
-    used, new = (op.anderson_start(x, 2, 0.0, 20, "triton") for x in (first, second))
-    steps(used, 5, rule)
+    used, new = (op.anderson_start(x, 3, 0.0, 20, "triton") for x in (first, second))
+    steps(used, 9, rule)
     op.anderson_restart(used, second, 0.0)
-    trail = steps(used, 6, rule | change)
+    trail = steps(used, 9, rule | change)
     monkeypatch.setattr(op, "launch_at", launch_anew)  # else both could be wrong alike
-    for found, wanted in zip(trail, steps(new, 6, rule | change), strict=True):
+    for found, wanted in zip(trail, steps(new, 9, rule | change), strict=True):
         assert all(map(torch.equal, found, wanted))
 
 

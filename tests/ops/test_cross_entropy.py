@@ -36,6 +36,25 @@ def test_the_reference_is_scipys(padding):
     torch.testing.assert_close(found, torch.from_numpy(wanted))
 
 
+def test_the_reference_takes_some_rows_at_a_time(monkeypatch):
+    """The last of them are fewer, and a row may be longer than a block; derivatives of any order, too."""
+    for padding, block in ((0, 30), (2, 30), (2, 1)):
+        logits, targets = drawn(7, padding=padding)
+        leaf, vector = logits.requires_grad_(), torch.randn(7, dtype=torch.float64)
+        whole = cross_entropy(leaf, targets, 7, backend="reference")
+        slopes = torch.autograd.grad(whole, leaf, vector)
+        with monkeypatch.context() as patch:
+            patch.setattr("triton_deq.reference.cross_entropy.BLOCK", block)
+            patch.setattr("triton_deq.reference.cross_entropy.MANY", 10)
+            found = cross_entropy(leaf, targets, 7, backend="reference")
+            assert type(found.grad_fn).__name__ == "CrossEntropyFunctionBackward"
+            torch.testing.assert_close(found, whole)
+            torch.testing.assert_close(cross_entropy(leaf.detach(), targets, 7, "reference"), whole)
+            torch.testing.assert_close(torch.autograd.grad(found, leaf, vector), slopes)
+            for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+                assert check(lambda given, t=targets: cross_entropy(given, t, 7, "reference"), leaf)
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_derivatives_of_any_order(padding, backend, device):
     logits, targets = drawn(padding=padding, device=device)

@@ -50,10 +50,11 @@ def cross_entropy(
     check_count("classes", classes)
     if classes > logits.shape[1]:
         raise ValueError(f"classes={classes} is more than logits {tuple(logits.shape)} has columns")
-    if not kernels_serve(logits, backend, autocast=True) or targets.device != logits.device:
+    served = kernels_serve(logits, backend, autocast=True) and targets.device == logits.device
+    if recorded(logits) and (served or reference.in_blocks(logits)):
+        return CrossEntropyFunction.apply(logits, targets, classes, served)
+    if not served:
         return reference.cross_entropy(logits, targets, classes)
-    if recorded(logits):
-        return CrossEntropyFunction.apply(logits, targets, classes)
     return cross_entropy_fwd(logits, targets, classes)[0]
 
 
@@ -117,11 +118,15 @@ def _constants(logits: Tensor, block: int) -> dict[str, object]:
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """`l ↦ log Σ exp(l) − l_t`."""
+    """`l ↦ log Σ exp(l) − l_t`, by the kernels if served; nothing of l's size is kept but l."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, classes: int) -> Tensor:
-        value, levels = cross_entropy_fwd(logits, targets, classes)
+    def forward(ctx, logits: Tensor, targets: Tensor, classes: int, served: bool) -> Tensor:
+        levels = None
+        if served:
+            value, levels = cross_entropy_fwd(logits, targets, classes)
+        else:
+            value = reference.cross_entropy(logits, targets, classes)
         ctx.save_for_backward(logits, targets, levels)
         ctx.classes = classes
         return value
@@ -132,8 +137,12 @@ class CrossEntropyFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             leaf = logits.view_as(logits)
             value = reference.cross_entropy(leaf, targets, ctx.classes)
-            return *torch.autograd.grad(value, leaf, grad, create_graph=True), None, None
-        return cross_entropy_vjp_fwd(logits, targets, levels, grad, ctx.classes), None, None
+            return *torch.autograd.grad(value, leaf, grad, create_graph=True), None, None, None
+        if levels is None:
+            slopes = reference.cross_entropy_vjp(logits, targets, grad, ctx.classes)
+        else:
+            slopes = cross_entropy_vjp_fwd(logits, targets, levels, grad, ctx.classes)
+        return slopes, None, None, None
 
 
 @cache

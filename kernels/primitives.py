@@ -296,6 +296,7 @@ def keep(x_ptr, other_ptr, best_ptr, begin, end, plan, BLOCK: tl.constexpr):
             best = tl.where(fresh, x, before)
             tl.store(best_ptr + columns, best, mask=tl.where(fresh | behind, inside, False))
             tl.store(other_ptr + columns, x, mask=tl.where(ended, inside, False))
+        tl.debug_barrier()  # no warp may store the next iterate where another still reads
 
 
 @triton.jit

@@ -290,9 +290,9 @@ def test_the_command_tells_what_a_warp_waits_for(tmp_path: Path):
     assert f" {whole['instructions']} " in table
     assert f"{loops[0]['clocks']} ({loops[0]['memory']}, {loops[0]['barriers']})" in table
     # Loads that the decision takes, those that it says to make, those of a best iterate that has to move, and
-    # no more; one sum has two barriers, or one. Some compilers make two waits of one.
+    # no more; one sum has two barriers, or one, and that move has one. Some compilers make two waits of one.
     assert whole["memory"] <= 5
-    assert 1 <= whole["barriers"] <= 2
+    assert 2 <= whole["barriers"] <= 3
 
 
 def test_without_nvidias_code_it_says_so(capsys):

@@ -201,6 +201,23 @@ def test_value_and_product_are_autograds(pre_norm, dropped, backend):
         torch.testing.assert_close(product, expected)
 
 
+@pytest.mark.kernels
+@PLACES
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_with_dropout_and_in_evaluation_without(pre_norm, training):
+    """By the kernels, which are told what a mask is where it is not 0, and by the reference."""
+    cell, x, z = cell_and_input(pre_norm, dropout=0.3)
+    cell.train(training)
+    leaves = [z.requires_grad_(), *cell.parameters()]
+    found = []
+    for served in ("triton", "reference"):
+        torch.manual_seed(7)  # of the masks
+        with ambient(served):
+            value = cell(z, cell.inject(x))
+            found.append(torch.autograd.grad((value**3).sum(), leaves))
+    torch.testing.assert_close(*found)
+
+
 @PLACES
 def test_the_penalty_and_its_gradients_are_the_double_backwards(pre_norm, backend):
     cell, x, z = cell_and_input(pre_norm, weight_norm=True, dropout=0.3, attention_dropout=0.2)

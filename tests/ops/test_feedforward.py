@@ -121,7 +121,7 @@ def test_a_branch_and_its_gradients_are_autograds(masked, backend, device, launc
     )
     mask = mask if masked else None
     leaves = (s, up, up_bias, down, down_bias)
-    found = op.feedforward_branch(*leaves, mask, 1.25 if masked else 1.0, backend)
+    found = op.feedforward_branch(*leaves, mask, 1.25, backend)  # which counts for a mask alone
     hidden = (linear(s, up, up_bias) * (1 if mask is None else mask)).relu()
     wanted = linear(hidden, down, down_bias), hidden
     torch.testing.assert_close(found, wanted)

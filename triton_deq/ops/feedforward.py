@@ -59,8 +59,8 @@ def feedforward_branch(
         s, up, up_bias, mask: s, W, b and m as in `feedforward`.
         down: V `[D, N]`, of s's dtype as W.
         down_bias: c `[D]`, likewise.
-        kept: what m is where it is not 0. So what comes back to h takes no pass over the hidden layer: where
-            m is 0, so is h, and the other value goes to the gradient in y, which is narrower.
+        kept: what m, if there is one, is where it is not 0. So what comes back to h takes no pass over the
+            hidden layer: where m is 0, so is h, and the other value goes to y's gradient, which is narrower.
         backend: "auto", "triton" or "reference".
     """
     fits = _fits(s, up, up_bias, mask) and down.shape == (len(down_bias), len(up))
@@ -178,7 +178,8 @@ class FeedforwardFunction(torch.autograd.Function):
         if of_branch is not None:
             of_branch = of_branch.to(down.dtype)
             if of_s or of_weight or of_bias:
-                inward = feedforward_vjp(of_branch * ctx.kept, down, inner, "triton")
+                narrow = of_branch if mask is None else of_branch * ctx.kept
+                inward = feedforward_vjp(narrow, down, inner, "triton")
             down_grad = _outer(of_branch, inner) if of_down else None
             down_bias_grad = _summed(of_branch, ctx.bias_dtypes[1]) if of_down_bias else None
         if of_inner is not None:

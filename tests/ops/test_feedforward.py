@@ -170,6 +170,15 @@ def test_first_and_second_derivatives_of_a_branch(backend, device):
     assert gradgradcheck(both, (s, up, up_bias, down, down_bias), fast_mode=True)
 
 
+def test_matrices_that_are_frozen(backend, device):
+    """Then h alone has a gradient, and its sign has none."""
+    s, weight, bias, mask = tensors(device=device)
+    value = op.feedforward(s, weight.detach(), bias.detach(), mask, backend)
+    vector = torch.randn(2, 3, 5, dtype=s.dtype, device=device)
+    inward = op.feedforward_vjp(vector, weight.detach().mT, value, backend)
+    torch.testing.assert_close(inward, torch.where(value > 0, vector @ weight.detach().mT, 0))
+
+
 def test_a_mask_with_a_gradient_has_one(backend, device):
     """No kernel serves it, and ordinary operators do."""
     s, weight, bias, mask = tensors(device=device)

@@ -30,7 +30,7 @@ def feedforward_vjp(vector: Tensor, matrix: Tensor, inner: Tensor) -> Tensor:
     In V's dtype: a forward under autocast has a backward that is not.
     """
     product = vector.to(matrix.dtype) @ matrix
-    return gated(product, inner) if tracked(product) else gated(product, inner, out=product)
+    return gated(product, inner) if tracked(product, inner) else gated(product, inner, out=product)
 
 
 def gated(vector: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:

@@ -341,7 +341,8 @@ def anderson_step_kernel(
         gram = load_gram(gram_ptr, slot, count, lanes, HISTORY)
         columns = tl.arange(0, BLOCK)
         inside = columns < N
-        place = sample.to(tl.int64) * N + columns
+        row = sample.to(tl.int64) * N
+        place = row + columns
         ring = B.to(tl.int64) * N
         fx = tl.load(fx_ptr + place, mask=inside, other=0)
         x = tl.load(x_ptr + place, mask=inside, other=0)
@@ -387,7 +388,6 @@ def anderson_step_kernel(
         ready = ()
         for j in tl.static_range(HISTORY):
             ready += (tl.where(slot == j, newest, iterates[j]),)
-        row = sample.to(tl.int64) * N
         keep(x_ptr + row, other_ptr + row, best_ptr + row, 0, N, plan, BLOCK)
         following = mix(ready, weights, HISTORY, WIDE)
         tl.store(next_ptr + place, following, mask=tl.where(moving, inside, False))

@@ -168,8 +168,7 @@ def norm_vjps(
     _check_vjp(vector, normal, inverse, None)
     _check_mask(mask, normal)
     dtype = dtype or normal.dtype
-    fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
-    served = fit and _served(normal, backend, mask, vector, more, addend)
+    served = _vjp_served(normal, inverse, backend, mask, vector, more, addend)
     if not served or recorded(vector, normal, inverse, more, mask, addend):
         total = vector if more is None else vector + more
         value = norm_vjp(total.to(normal.dtype), normal, inverse, None, backend)
@@ -209,8 +208,7 @@ def norm_vjp_plus(
     """
     _check_terms(normal, vector=vector, addend=addend)
     _check_vjp(vector, normal, inverse, None)
-    fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
-    served = fit and _served(normal, backend, None, vector, addend)
+    served = _vjp_served(normal, inverse, backend, None, vector, addend)
     if not served or recorded(vector, normal, inverse, addend):
         value = norm_vjp(vector.to(normal.dtype), normal, inverse, None, backend)
         return (value + addend).to(normal.dtype) if out is None else torch.add(value, addend, out=out)
@@ -458,6 +456,13 @@ def _served(x: Tensor, backend: str, mask: Tensor | None, *others: Tensor | None
         for other, wide in widest
     )
     return fit and kernels_serve(x, backend, autocast=True)
+
+
+def _vjp_served(
+    normal: Tensor, inverse: Tensor, backend: str, mask: Tensor | None, *terms: Tensor | None
+) -> bool:
+    fit = (inverse.dtype, inverse.device) == (accumulate_dtype(normal.dtype), normal.device)
+    return fit and _served(normal, backend, mask, *terms)
 
 
 def _widened(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

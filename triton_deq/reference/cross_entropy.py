@@ -26,12 +26,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
 
 def cross_entropy_vjp(logits: Tensor, targets: Tensor, vector: Tensor, classes: int) -> Tensor:
     """The gradient of `⟨vector, value⟩` in the logits, `v (softmax(l) − 1[t])` `[n, ≥ classes]`."""
-    out = torch.zeros_like(logits) if classes < logits.shape[1] else torch.empty_like(logits)
+    out = torch.empty_like(logits)
     for some, wanted, v, place in _blocks(logits, targets, vector, out):
         wide = some[:, :classes].to(v.dtype)
         slopes = torch.softmax(wide, dim=1).mul_(v[:, None])
         slopes.scatter_add_(1, wanted[:, None], -v[:, None])
         place[:, :classes] = slopes
+        place[:, classes:] = 0
     return out
 
 

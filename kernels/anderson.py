@@ -9,7 +9,7 @@ Programs of stopped samples return at once. The formulas stand in triton_deq/ref
 import triton
 import triton.language as tl
 
-from .mixing import load_gram, load_slots, mix, weights_of
+from .mixing import load_gram, load_slots, mix, relaxed, weights_of
 from .primitives import (
     COUNT,
     RUNNING,
@@ -54,7 +54,7 @@ def take_in(
     wide_x = x.to(WIDE)
     # Rounded as it is stored: else the row would not belong to the Gram matrix of the stored ring.
     residual = (wide_fx - wide_x).to(x.dtype).to(WIDE)
-    iterate = (wide_x + MIXING * (wide_fx - wide_x)).to(x.dtype)
+    iterate = relaxed(wide_fx, wide_x, MIXING).to(x.dtype)
     tl.store(residual_ptr, residual, mask=inside)
     if not (LANDED and MIXING == 1):
         tl.store(iterate_ptr, iterate, mask=inside)

@@ -36,6 +36,15 @@ def load_slots(ring_ptr, stride, inside, slot, count, HISTORY: tl.constexpr, OLD
 
 
 @triton.jit
+def relaxed(fx, x, MIXING: tl.constexpr):
+    """`x + β (f − x)`; with β = 1 that is f, to the last bit, wherever x is."""
+    if MIXING == 1:
+        return fx
+    else:
+        return x + MIXING * (fx - x)
+
+
+@triton.jit
 def mix(slots, weights, HISTORY: tl.constexpr, WIDE: tl.constexpr):
     """`Σ w_j s_j` of tuples of slots and weights, where what has no weight counts for nothing, NaN or not."""
     total = tl.zeros(slots[0].shape, dtype=WIDE)

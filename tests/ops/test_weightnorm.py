@@ -5,10 +5,13 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests.bounds import assert_within_bounds
 from triton_deq.cells.layers import called_narrow, normalise_kernels, weights_of
 from triton_deq.ops import weightnorm as op
 from triton_deq.ops.launch import launch
 from triton_deq.ops.weightnorm import Weight
+from triton_deq.verification import Case, check_weightnorm
+from triton_deq.verification.case import LAYOUTS
 
 SHAPES = [(5, 7), (4, 3, 3, 3), (4, 6, 1, 1), (1, 1), (3, 5000)]
 
@@ -135,10 +138,20 @@ def test_rounding_to_bfloat16_of_either_dtype(device):
 
 def test_none_and_rows_that_are_not_dense(backend, device):
     assert op.weightnorm_each([], backend=backend) == []
-    wide = torch.randn(4, 12, device=device)
-    v, g = wide[:, ::2], torch.rand(4, device=device)
-    (value,) = op.weightnorm_each([Weight(v, g)], backend=backend)
-    torch.testing.assert_close(value, torch._weight_norm(v.contiguous(), g[:, None], 0))
+    for v in (torch.randn(4, 12, device=device)[:, ::2], torch.randn(6, 4, device=device).t()):
+        v, g = v.requires_grad_(), torch.rand(4, device=device, requires_grad=True)
+        (value,) = op.weightnorm_each([Weight(v, g)], backend=backend)
+        wanted = torch._weight_norm(v.contiguous(), g[:, None], 0)
+        torch.testing.assert_close(value, wanted)
+        vector = torch.randn_like(wanted)
+        found = torch.autograd.grad(value, (v, g), vector)
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, (v, g), vector))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_match_the_reference(layout, device):
+    assert_within_bounds(check_weightnorm(Case(torch.float32, (5, 37), torch.device(device), 6, layout)))
 
 
 def test_what_cannot_be():

@@ -16,7 +16,7 @@ def weightnorm(v: Tensor, g: Tensor | None, dtype: torch.dtype, rows: int, colum
     """The value of a weight v `[O, N]`, as `[rows, columns]`; g `[O]`, or None for v itself."""
     weight = v
     if g is not None:
-        wide = v.to(accumulate_dtype(v.dtype))
+        wide = v.to(accumulate_dtype(v.dtype)).contiguous()  # as PyTorch's operator wants it on the way back
         length = g.to(wide.dtype)[:, None]
         weight = _by_rows(wide, length) if transformed() else Normalised.apply(wide, length)
     behind = (0, columns - v.shape[1], 0, rows - v.shape[0])

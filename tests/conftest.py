@@ -1,11 +1,18 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter, which reads this at its import."""
+"""Kernels run on a GPU where there is one, else in Triton's interpreter, which reads this at its import.
+
+With TRITON_DEQ_EMULATE=1, or another seed, they run as they are compiled for a GPU, emulated.
+"""
 
 import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if int(os.environ.get("TRITON_DEQ_EMULATE", "0")):
+    from triton_deq import emulation
+
+    emulation.install()  # also for the tests' own kernels
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # other workers use the other cores, and threads that wait cost both

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("openmp", "status", "environment", "memory", "page", "timing", "trees", "weight_caches"),
     ("backend",),
-    ("checks", "kernels"),
+    ("checks", "kernels", "emulation"),
     ("reference",),
     ("compiled",),
     ("ops", "arnoldi"),
@@ -40,7 +40,11 @@ FLOORS = (
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 # The arrows that floors alone would allow and the design does not.
-ONLY_IMPORTED_BY = {"kernels": {"ops", "verification", "inspection"}, "compiled": {"ops"}}
+ONLY_IMPORTED_BY = {
+    "kernels": {"ops", "verification", "inspection"},
+    "compiled": {"ops"},
+    "emulation": {"ops"},
+}
 IMPORTS_NOTHING_OF_OURS = {"kernels"}
 
 # Third-party packages. What is not named here is for everyone.
@@ -49,6 +53,7 @@ THIRD_PARTY = {
     "backend": RUNTIME | {"numba"},
     "compiled": RUNTIME | {"numba", "llvmlite"},
     "kernels": {"triton"},
+    "emulation": RUNTIME | {"triton"},
     "ops": RUNTIME | {"triton"},
     "verification": RUNTIME | {"triton"},
     "inspection": RUNTIME | {"triton"},

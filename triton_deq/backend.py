@@ -1,6 +1,7 @@
 """Which implementation serves a tensor, and why.
 
-`triton` are the kernels: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+`triton` are the kernels: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1) or as compiled
+for a GPU, emulated (TRITON_DEQ_EMULATE=1).
 `reference` is plain PyTorch and works everywhere. `numba` is the reference with what triton_deq/compiled has
 compiled for a CPU: the solvers' own steps and GroupNorm.
 """
@@ -50,13 +51,33 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def emulation_seed() -> int:
+    """The seed of `triton_deq.emulation`, where kernels run on CPU tensors as compiled; 0 where they do not.
+
+    Raises:
+        ValueError: TRITON_DEQ_EMULATE is not a number, or the interpreter was asked for as well.
+    """
+    given = os.environ.get("TRITON_DEQ_EMULATE", "0")
+    if not given.isdecimal():
+        raise ValueError(
+            f"TRITON_DEQ_EMULATE is {given!r}: give a number, the seed of the order in which warps run, or 0 "
+            "to emulate nothing"
+        )
+    if int(given) and interpreting():
+        raise ValueError(
+            f"TRITON_DEQ_EMULATE={given} runs kernels as compiled and TRITON_INTERPRET=1 as Python: set one "
+            "of the two"
+        )
+    return int(given)
+
+
 def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
     """Return `(name, reason)`: the backend that serves `tensor`, "triton" or "reference".
 
     Args:
         tensor: any tensor of the computation; only its device counts.
-        requested: "auto" takes Triton on a GPU tensor (and in the interpreter), else the reference; "numba"
-            the reference, of which it has compiled parts.
+        requested: "auto" takes Triton on a GPU tensor (and where kernels are interpreted or emulated), else
+            the reference; "numba" the reference, of which it has compiled parts.
 
     Raises:
         ValueError: an unknown name, or "triton" where no kernel can run.
@@ -77,7 +98,9 @@ def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:
         return "triton", "asked for by name"
     if obstacle:
         return "reference", obstacle
-    return "triton", "interpreted kernels" if tensor.device.type == "cpu" else "the tensor is on a GPU"
+    if tensor.device.type != "cpu":
+        return "triton", "the tensor is on a GPU"
+    return "triton", "interpreted kernels" if interpreting() else "emulated kernels"
 
 
 def choose_step(z0: Tensor, requested: str = "auto") -> str:
@@ -163,7 +186,7 @@ def kernels_can(tensor: Tensor) -> bool:
 def _obstacle(tensor: Tensor) -> str:
     """What keeps the kernels from running on this tensor; empty if nothing does."""
     kind = tensor.device.type
-    if kind == "cpu" and not interpreting():  # the usual case on a CPU, before the search for a package
+    if kind == "cpu" and not (interpreting() or emulation_seed()):  # usual on a CPU: before the search below
         return "the tensor is on the CPU and TRITON_INTERPRET is not set"
     if kind not in ("cpu", "cuda"):  # ROCm devices carry the name "cuda" too
         return f"there are no kernels for a tensor on {kind!r}"

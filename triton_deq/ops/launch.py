@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
+from .. import emulation
 from ..backend import transformed
 from .interpreted import spared
 
@@ -44,7 +45,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """
     device = next(tensors_of(args)).device
     if device.type != "cuda":
-        again = partial(_interpret, kernel, grid, args, constants)
+        again = partial(_run_on_cpu, kernel, grid, args, constants)
         again()
         return again
     with _on(device.index):
@@ -127,8 +128,11 @@ def launch_anew(
     make()
 
 
-def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    with spared():
+def _run_on_cpu(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Interpreted, or as compiled for a GPU and emulated."""
+    if backends.emulation_seed():
+        emulation.prepare(kernel)
+    with spared() if backends.interpreting() else nullcontext():
         kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 

@@ -1,8 +1,8 @@
 """`triton-deq verify`: every kernel against its float64 reference, on this machine.
 
-On a GPU the compiled kernels run; elsewhere Triton's interpreter runs them. Inputs are fresh random
-numbers, outputs are filled with NaN before each launch, and the reference computes from the same inputs
-in float64.
+On a GPU the compiled kernels run; elsewhere Triton's interpreter runs them, or with --emulate an emulation of
+what is compiled for a GPU. Inputs are fresh random numbers, outputs are filled with NaN before each launch,
+and the reference computes from the same inputs in float64.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..backend import emulation_seed
 from ..checks import parse_count, parse_rows_file
 from .attention import check_attention
 from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
@@ -77,7 +78,7 @@ def cases(seed: int, quick: bool, dtypes: list[str]) -> Iterator[Case]:
 
 
 def random_cases(seeds: int, first: int, dtypes: list[str]) -> Iterator[Case]:
-    """One random shape, dtype and layout a seed; small in the interpreter, which is slow."""
+    """One random shape, dtype and layout a seed; small on a CPU, which is slow."""
     most = 1 << 20 if _device().type == "cuda" else 5000
     for seed in range(first, first + seeds):
         draw = random.Random(seed)
@@ -101,6 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=parse_count(1), metavar="N", help="instead: N random shapes, dtypes, strides"
     )
     parser.add_argument(
+        "--emulate",
+        type=parse_count(1),
+        nargs="?",
+        const=1,
+        metavar="SEED",
+        help="run the kernels as compiled for sm_80, on the CPU; the seed draws the order of their warps",
+    )
+    parser.add_argument(
         "--json",
         type=parse_rows_file,
         metavar="FILE",
@@ -110,8 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks, print a row each, return 1 if one is over its bound."""
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, which is below
+    # Read when the kernels are first imported, which is below.
+    if arguments.emulate is not None:
+        os.environ["TRITON_DEQ_EMULATE"] = str(arguments.emulate)
+        os.environ.pop("TRITON_INTERPRET", None)
+    elif not torch.cuda.is_available() and not emulation_seed():
+        os.environ["TRITON_INTERPRET"] = "1"
     dtypes = arguments.dtype or list(BOUNDS)
     if arguments.quick and not arguments.dtype:
         dtypes = ["float32", "bfloat16"]
@@ -177,4 +190,4 @@ def _excess(row: Row) -> float:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not emulation_seed() else "cpu")

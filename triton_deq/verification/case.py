@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backend import emulation_seed
+
 BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
 """Largest relative error, ‖out − reference‖ / ‖reference‖, for each dtype."""
 LEAST_WIDTH = 16
@@ -74,7 +76,9 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def row(case: Case, op: str, kernel: str, quantity: str, error: float, bound: float | None = None) -> Row:
-    device = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else "CPU (interpreter)"
+    device = "CPU (emulated sm_80)" if emulation_seed() else "CPU (interpreter)"
+    if case.device.type == "cuda":
+        device = torch.cuda.get_device_name(case.device)
     bound = BOUNDS[name_of(case.dtype)] if bound is None else bound
     return Row(
         op, kernel, name_of(case.dtype), case.shape, case.layout, quantity, error, bound, device, case.seed

@@ -1,0 +1,93 @@
+"""Kernels through Triton's compiler and the emulation, in processes of their own: this one interprets."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from triton_deq import backend
+from triton_deq.ops import norm
+
+
+def run(*command, **environment):
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env={**kept, **environment}, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_verify_runs_what_is_compiled():
+    kernels = ["--kernel", "anderson", "--kernel", "mlp", "--kernel", "cross_entropy"]
+    done = run("-m", "triton_deq", "verify", "--emulate", "3", "--quick", "--dtype", "bfloat16", *kernels)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "within their bounds on CPU (emulated sm_80)" in done.stdout
+
+
+RACE = """
+import torch, triton, triton.language as tl
+from triton_deq import emulation
+emulation.install()
+
+@triton.jit
+def reversed_kernel(x_ptr, N: tl.constexpr, BARRIER: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(x_ptr + at, at)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + N + at, tl.load(x_ptr + N - 1 - at))
+
+for barrier in (True, False):
+    right = 0
+    for _ in range(12):
+        x = torch.full((256,), -1, dtype=torch.int32)
+        reversed_kernel[(1,)](x, 128, barrier)
+        right += torch.equal(x[128:], x[:128].flip(0))
+    print(right)
+
+@triton.jit
+def beyond_kernel(x_ptr, N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, N), 0)
+
+try:
+    beyond_kernel[(1,)](torch.zeros(24), 32)
+except emulation.Fault as fault:
+    print(fault)
+"""
+
+
+def test_any_kernel_of_triton_runs_and_its_races_show(tmp_path):
+    (tmp_path / "race.py").write_text(RACE)
+    done = run(str(tmp_path / "race.py"), TRITON_DEQ_EMULATE="1")
+    assert done.returncode == 0, done.stderr
+    ordered, unordered, fault = done.stdout.splitlines()
+    assert ordered == "12"
+    assert int(unordered) < 12
+    assert "st.global" in fault
+    assert "outside of every tensor" in fault
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"TRITON_DEQ_EMULATE": "yes"}, "TRITON_DEQ_EMULATE is 'yes': give a number"),
+        ({"TRITON_DEQ_EMULATE": "-1"}, "TRITON_DEQ_EMULATE is '-1': give a number"),
+        ({"TRITON_DEQ_EMULATE": "2", "TRITON_INTERPRET": "1"}, "set one of the two"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        backend.emulation_seed()
+
+
+@pytest.mark.skipif(not backend.interpreting(), reason="kernels were not imported for the interpreter")
+def test_a_kernel_of_the_interpreter_cannot_be_compiled_afterwards(monkeypatch):
+    x = torch.randn(2, 8)
+    norm.norm(x, gain=torch.ones(8), offset=torch.zeros(8), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("TRITON_DEQ_EMULATE", "1")
+    with pytest.raises(RuntimeError, match="was imported for Triton's interpreter.*in a new process"):
+        norm.norm(x, gain=torch.ones(8), offset=torch.zeros(8), backend="triton")

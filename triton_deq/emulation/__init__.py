@@ -1,0 +1,42 @@
+"""Kernels as they are compiled, run where no GPU is.
+
+Triton's interpreter runs a kernel's Python, tile by tile. What a GPU runs has been through the compiler: a
+tile is spread over threads, sums are shuffles and barriers, bfloat16 is bfloat16, products are those of
+tensor cores, copies to shared memory are under way while the program goes on. `install` gives Triton a driver
+that compiles for sm_80, stops at PTX, the last form that is documented, and runs its instructions with NumPy.
+
+Warps run in an order that chance decides, from access to access, so that what depends on the order differs
+from launch to launch. Asynchronous copies are done early or late. Shared memory that nothing has written
+holds NaN. Every address is held against the tensors of the launch.
+
+What it does not see: what NVIDIA's assembler makes of the PTX, instructions of other GPUs, and time.
+"""
+
+from typing import Any
+
+from .memory import Fault
+
+__all__ = ["Fault", "install", "prepare"]
+
+
+def install() -> None:
+    """Let Triton's kernels run on CPU tensors in this process, compiled for sm_80 and emulated."""
+    from . import driver
+
+    driver.install()
+
+
+def prepare(kernel: Any) -> None:
+    """Install, for a kernel that can be compiled.
+
+    Raises:
+        RuntimeError: it was imported for Triton's interpreter.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if isinstance(kernel, InterpretedFunction):
+        raise RuntimeError(
+            f"the kernel {kernel.__name__} was imported for Triton's interpreter, which Triton decides once: "
+            "emulate it in a new process, with TRITON_DEQ_EMULATE=1 and without TRITON_INTERPRET"
+        )
+    install()

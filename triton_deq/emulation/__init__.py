@@ -20,7 +20,12 @@ __all__ = ["Fault", "install", "prepare"]
 
 
 def install() -> None:
-    """Let Triton's kernels run on CPU tensors in this process, compiled for sm_80 and emulated."""
+    """Let any Triton kernel run on CPU tensors in this process, compiled for sm_80 and emulated.
+
+    Kernels must be defined without `TRITON_INTERPRET`. Launches are as on a GPU, `kernel[grid](...)`. The ops
+    of this library also need `TRITON_DEQ_EMULATE=1`, to take their kernels for CPU tensors. What a GPU would
+    fault at raises :class:`Fault`.
+    """
     from . import driver
 
     driver.install()

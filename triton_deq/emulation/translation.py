@@ -5,7 +5,6 @@ that the instruction may write, and `K` constants.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +33,13 @@ _FORMULAS = {
     "ex2": "np.exp2({0})",
     "lg2": "np.log2({0})",
 }
-_INTEGER_FORMULAS = _FORMULAS | {
-    "mul": "{0} * {1}",
+_WHOLE_FORMULAS = _FORMULAS | {
     "mad": "{0} * {1} + {2}",
     "div": "divide({0}, {1})",
     "rem": "remainder({0}, {1})",
 }
+_SEEN = ("bra", "brx", "ret", "bar", "ld", "st", "ldmatrix", "atom", "red", "cp")
+"""Instructions behind which another warp, or other lanes, may go on."""
 _LOGIC = {"and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}"}
 
 
@@ -79,10 +79,10 @@ class Instruction:
 
 
 class Translator:
-    """Lines of Python for one instruction after another.
+    """Lines of Python for one instruction after another; a method `on_x` for those that begin with x.
 
-    constants: what lines call `K[i]`. labels: of a chunk, as `LABEL(name)` stands in lines until they are
-    all known. tables: the labels of `brx.idx`.
+    constants: what lines call `K[i]`. tables: the labels of `brx.idx`. A branch's label stands in its line as
+    `LABEL(name)` until it is known which chunk that is.
     """
 
     def __init__(self, tables: dict[str, list[str]]):
@@ -90,22 +90,17 @@ class Translator:
         self._tables = tables
 
     def lines(self, text: str) -> tuple[list[str], bool]:
-        """And whether the chunk ends with it: a branch, a barrier, or an access that other warps may see."""
+        """And whether a chunk ends with it."""
         instruction = Instruction.parse(text)
         head = instruction.head
-        name = {"and": "logic", "or": "logic", "xor": "logic", "not": "logic", "ld": "load", "st": "store"}
-        translate: Callable[[Instruction], list[str]] | None
-        translate = getattr(self, f"_{name.get(head, head)}", None)
+        known = head in _LOGIC or head in _WHOLE_FORMULAS
+        translate = getattr(self, f"on_{head}", self._arithmetic if known else None)
         if translate is None:
-            if head not in _INTEGER_FORMULAS:
-                raise NotImplementedError(f"the emulation does not know {text}")
-            translate = self._arithmetic
-        lines = translate(instruction)
-        writes = instruction.guard is not None and any(line.startswith("X[") for line in lines)
-        if writes:
+            raise NotImplementedError(f"the emulation does not know {text}")
+        lines: list[str] = translate(instruction)
+        if instruction.guard is not None and any(line.startswith("X[") for line in lines):
             lines = [f"X = w.writable({instruction.guard})", *lines, "X = w.writable()"]
-        ends = head in ("bra", "brx", "ret", "bar", "ldmatrix", "atom", "red", "cp")
-        return lines, ends or (head in ("ld", "st") and "param" not in instruction.parts)
+        return lines, head in _SEEN and "param" not in instruction.parts
 
     # ------------------------------------------------------------------------------------------- operands
 
@@ -159,18 +154,18 @@ class Translator:
 
     # ----------------------------------------------------------------------------------- the way through it
 
-    def _bra(self, i: Instruction) -> list[str]:
+    def on_bra(self, i: Instruction) -> list[str]:
         return [f"w.branch(LABEL({i.operands[0]}), {i.guard})"]
 
-    def _brx(self, i: Instruction) -> list[str]:
+    def on_brx(self, i: Instruction) -> list[str]:
         index = self._read(i.operands[0], "u32")
         table = self._tables[i.operands[1]]
         return [f"w.branch(LABEL({label}), {index} == {number})" for number, label in enumerate(table)]
 
-    def _ret(self, i: Instruction) -> list[str]:
+    def on_ret(self, i: Instruction) -> list[str]:
         return [f"w.branch({END}, {i.guard})"]
 
-    def _bar(self, i: Instruction) -> list[str]:
+    def on_bar(self, i: Instruction) -> list[str]:
         if i.parts[0] == "warp":
             return []
         if i.operands != ("0",):
@@ -179,7 +174,7 @@ class Translator:
 
     # ----------------------------------------------------------------------------------------------- memory
 
-    def _load(self, i: Instruction) -> list[str]:
+    def on_ld(self, i: Instruction) -> list[str]:
         if "param" in i.parts:
             return self._parameter(i)
         space, kind = ("memory", "u64") if "global" in i.parts else ("shared", "u32")
@@ -194,14 +189,14 @@ class Translator:
         wide = f"{dtype.kind}{_size(name)}"
         return [f"X[{name[1:]!r}] = np.full(32, {value}.astype({wide!r}).view('u{_size(name)}'))"]
 
-    def _store(self, i: Instruction) -> list[str]:
+    def on_st(self, i: Instruction) -> list[str]:
         space, kind = ("memory", "u64") if "global" in i.parts else ("shared", "u32")
         size = DTYPES[i.kind].itemsize
         values = ", ".join(self._lanes(each, f"b{8 * size}") for each in self._listed(i.operands[1]))
         address = self._address(i.operands[0], kind)
         return [f"w.{space}.store({address}, {size}, [{values}], w.active({i.guard}), {i.text!r})"]
 
-    def _cp(self, i: Instruction) -> list[str]:
+    def on_cp(self, i: Instruction) -> list[str]:
         if "commit_group" in i.parts:
             return ["w.commit_copies()"]
         if "wait_group" in i.parts:
@@ -213,27 +208,27 @@ class Translator:
             f"{count}, {i.guard}, {i.text!r})"
         ]
 
-    def _ldmatrix(self, i: Instruction) -> list[str]:
+    def on_ldmatrix(self, i: Instruction) -> list[str]:
         names = self._listed(i.operands[0])
         address = self._address(i.operands[1], "u32")
         lines = [f"V = w.load_matrices({address}, {len(names)}, {'trans' in i.parts}, {i.text!r})"]
         return lines + [self._write(name, f"V[{k}]", "b32") for k, name in enumerate(names)]
 
-    def _atom(self, i: Instruction) -> list[str]:
+    def on_atom(self, i: Instruction) -> list[str]:
         if i.parts[-2:] != ("add", "u32"):
             raise NotImplementedError(f"of atomic operations the emulation knows add.u32, not {i.text}")
         address, value = self._address(i.operands[1], "u64"), self._lanes(i.operands[2], "u32")
         source = f"w.add_to_memory({address}, {value}, {i.guard}, {i.text!r})"
         return [self._write(i.operands[0], source, "u32")]
 
-    def _red(self, i: Instruction) -> list[str]:
+    def on_red(self, i: Instruction) -> list[str]:
         """An atomic operation whose result nobody wants."""
         nowhere = Instruction(i.text, i.guard, "atom", i.parts, ("%r", *i.operands))
-        return self._atom(nowhere)
+        return self.on_atom(nowhere)
 
     # ------------------------------------------------------------------------------------- lanes of a warp
 
-    def _shfl(self, i: Instruction) -> list[str]:
+    def on_shfl(self, i: Instruction) -> list[str]:
         if i.operands[3:] != ("31", "-1"):
             raise NotImplementedError(f"the emulation knows shuffles of whole warps only, not {i.text}")
         lane = self._read(i.operands[2], "s32")
@@ -241,12 +236,12 @@ class Translator:
         value = self._lanes(i.operands[1], "b32")
         return [self._write(i.operands[0], f"w.shuffled({value}, {source}, {i.text!r})", "b32")]
 
-    def _redux(self, i: Instruction) -> list[str]:
+    def on_redux(self, i: Instruction) -> list[str]:
         function = {"add": "np.add", "max": "np.maximum", "min": "np.minimum", "and": "np.bitwise_and"}
         value = self._lanes(i.operands[1], i.kind)
         return [self._write(i.operands[0], f"w.reduced({value}, {function[i.parts[1]]}, {i.text!r})", i.kind)]
 
-    def _mma(self, i: Instruction) -> list[str]:
+    def on_mma(self, i: Instruction) -> list[str]:
         shape = next(re.fullmatch(r"m(\d+)n8k(\d+)", part) for part in i.parts if part.startswith("m"))
         assert shape is not None
         kind = i.kinds[1] if "tf32" not in i.parts else "tf32"
@@ -260,7 +255,7 @@ class Translator:
 
     # ------------------------------------------------------------------------------------------------ values
 
-    def _mov(self, i: Instruction) -> list[str]:
+    def on_mov(self, i: Instruction) -> list[str]:
         target, source = i.operands
         half = {"b64": "b32", "b32": "b16"}.get(i.kind, i.kind)
         bits = 8 * DTYPES[half].itemsize
@@ -278,7 +273,7 @@ class Translator:
             return [self._write(target, value, i.kind)]
         return [self._write(target, self._read(source, i.kind), i.kind)]
 
-    def _cvt(self, i: Instruction) -> list[str]:
+    def on_cvt(self, i: Instruction) -> list[str]:
         to, of, target = i.kinds[0], i.kinds[-1], i.operands[0]
         if to.endswith("x2"):
             upper, lower = (f"to_{to[:-2]}({self._read(each, of)})" for each in i.operands[1:])
@@ -301,7 +296,7 @@ class Translator:
                 return [self._write(target, f"to_integer({value}, {DTYPES[to].str!r})", to)]
         return [self._write(target, f"{value}.astype({DTYPES[to].str!r})", to)]
 
-    def _setp(self, i: Instruction) -> list[str]:
+    def on_setp(self, i: Instruction) -> list[str]:
         compare, kind = i.parts[0], i.kind
         packs = kind in ("f16x2", "bf16x2", "bf16")
         a, b = (
@@ -321,35 +316,31 @@ class Translator:
         each = [f"{found}[..., {k}]" for k in range(2)] if kind.endswith("x2") else [found]
         return [self._write(target, value, "pred") for target, value in zip(targets, each, strict=True)]
 
-    def _selp(self, i: Instruction) -> list[str]:
+    def on_selp(self, i: Instruction) -> list[str]:
         a, b = (self._read(each, i.kind) for each in i.operands[1:3])
         return [
             self._write(i.operands[0], f"np.where({self._read(i.operands[3], 'pred')}, {a}, {b})", i.kind)
         ]
 
-    def _logic(self, i: Instruction) -> list[str]:
-        given = (self._read(each, i.kind) for each in i.operands[1:])
-        return [self._write(i.operands[0], _LOGIC[i.head].format(*given), i.kind)]
-
-    def _shl(self, i: Instruction) -> list[str]:
+    def on_shl(self, i: Instruction) -> list[str]:
         function = "shift_left" if i.head == "shl" else "shift_right"
         value, by = self._read(i.operands[1], i.kind), self._read(i.operands[2], "u32")
         return [self._write(i.operands[0], f"{function}({value}, {by})", i.kind)]
 
-    _shr = _shl
+    on_shr = on_shl
 
-    def _bfe(self, i: Instruction) -> list[str]:
+    def on_bfe(self, i: Instruction) -> list[str]:
         value = self._read(i.operands[1], i.kind.replace("s", "u"))
         position, length = (int(each) for each in i.operands[2:])
         return [
             self._write(i.operands[0], f"extract({value}, {position}, {length}, {i.kind in SIGNED})", i.kind)
         ]
 
-    def _prmt(self, i: Instruction) -> list[str]:
+    def on_prmt(self, i: Instruction) -> list[str]:
         given = ", ".join(self._read(each, "b32") for each in i.operands[1:4])
         return [self._write(i.operands[0], f"permuted_bytes({given})", "b32")]
 
-    def _popc(self, i: Instruction) -> list[str]:
+    def on_popc(self, i: Instruction) -> list[str]:
         value = self._read(i.operands[1], i.kind)
         return [self._write(i.operands[0], f"np.bitwise_count({value}).astype('u4')", "b32")]
 
@@ -360,6 +351,8 @@ class Translator:
             formula = "{0} * {1} + {2}" if i.head == "fma" else _FORMULAS[i.head]
             return [self._write(target, f"packed({formula.format(*given)}, {kind!r})", kind)]
         given = [self._read(each, kind) for each in i.operands[1:]]
+        if i.head in _LOGIC:
+            return [self._write(target, _LOGIC[i.head].format(*given), kind)]
         if kind in FLOATS:
             return [self._write(target, self._floating(i, given), kind)]
         if "wide" in i.parts:
@@ -369,7 +362,7 @@ class Translator:
             return [self._write(target, " * ".join(factors) + "".join(added), wide)]
         if "hi" in i.parts:
             return [self._write(target, f"upper_product({given[0]}, {given[1]})", kind)]
-        return [self._write(target, _INTEGER_FORMULAS[i.head].format(*given), kind)]
+        return [self._write(target, _WHOLE_FORMULAS[i.head].format(*given), kind)]
 
     def _floating(self, i: Instruction, given: list[str]) -> str:
         flushes = "ftz" in i.parts and i.kind == "f32"

@@ -9,7 +9,12 @@ from .arithmetic import Array
 from .memory import Fault, Memory
 from .tensor_cores import LANES, matrix_addresses
 
-Registers = dict[str, Array]
+
+class Registers(dict[str, Array]):
+    """By name, one number for each lane."""
+
+    def __missing__(self, name: str) -> Array:
+        raise Fault(f"register %{name} is read, and nothing has written it")
 
 
 class Copy(NamedTuple):
@@ -55,7 +60,7 @@ class Warp:
         shared: Memory,
         soon: Callable[[], bool],
     ):
-        self.registers: Registers = {}
+        self.registers = Registers()
         self.thread = (32 * number + LANES).astype(np.uint32)
         self.program, self.grid = (np.array(each, dtype=np.uint32) for each in (program, grid))
         self.parameters, self.memory, self.shared = parameters, memory, shared

@@ -32,33 +32,16 @@ class Program:
 
     def __init__(self, ptx: str):
         head, _, rest = ptx.partition("\n{")
-        body = rest.partition("\n}")[0]
         listed = re.findall(r"\.param\s+\.\w(\d+)[^,)]*?(\w+_param_\d+)", head)
         self.parameters = [(name, int(bits) // 8) for bits, name in listed]
-        texts, labels, tables = _cut(body)
+        texts, labels, tables = _cut(rest.partition("\n}")[0])
         translator = Translator(tables)
+        chunks, starts = _chunks(texts, labels, translator)
         scope = {**vars(arithmetic), **vars(tensor_cores), "K": translator.constants}
-        self._chunks: list[Chunk] = []
-        starts: dict[str, int] = {}
-        pieces: list[list[str]] = [[]]
-        for number, text in enumerate(texts):
-            if pieces[-1] and number in labels.values():
-                pieces.append([])
-            starts |= {name: len(pieces) - 1 for name, place in labels.items() if place == number}
-            lines, ends = translator.lines(text)
-            pieces[-1] += lines
-            if ends:
-                pieces.append([])
-        starts |= {name: len(pieces) - 1 for name, place in labels.items() if place >= len(texts)}
-        successors = []
-        for number, lines in enumerate(pieces):
-            lines = [re.sub(r"LABEL\((\S+?)\)", lambda match: str(starts[match[1]]), line) for line in lines]
-            self._chunks.append(_function(lines, scope))
-            jumps = [re.match(r"w\.branch\((\d+), (.*)\)$", line) for line in lines]
-            targets = [int(jump[1]) for jump in jumps if jump and int(jump[1]) != END]
-            goes_on = not (jumps and jumps[-1] and jumps[-1][2] == "None")
-            successors.append(targets + [number + 1] * (goes_on and number + 1 < len(pieces)))
-        self._rank = _reverse_postorder(successors)
+        self._chunks = [_function(lines, starts, scope) for lines in chunks]
+        self._rank = _reverse_postorder(
+            [_successors(number, chunks, starts) for number in range(len(chunks))]
+        )
 
     def run(
         self, grid: Sequence[int], values: Sequence[Any], shared: int, warps: int, memory: Memory, seed: int
@@ -120,34 +103,67 @@ class Program:
         return True
 
 
-def _cut(body: str) -> tuple[list[str], dict[str, int], dict[str, list[str]]]:
-    """The instructions; the number of the one that follows a label; the labels of each table."""
+def _cut(body: str) -> tuple[list[str], dict[int, list[str]], dict[str, list[str]]]:
+    """The instructions; labels, by the number of the instruction behind; the labels of each table."""
     body = re.sub(r"//[^\n]*|\.loc\b[^\n]*", "", body)
     body = re.sub(r"(,|\.branchtargets)\s*\n\s*", r"\1 ", body)
     texts: list[str] = []
-    labels: dict[str, int] = {}
+    labels: dict[int, list[str]] = {}
     tables: dict[str, list[str]] = {}
     for raw in re.split(r"[;\n]", body):
         text = raw.strip()
-        text = re.sub(r"^\{\s*(?=\.reg|$)", "", text).removesuffix("}") if "{" not in text[1:] else text
         table = re.match(r"(\$\w+):\s*\.branchtargets\s+(.*)$", text)
         if table:
             tables[table[1]] = [each.strip() for each in table[2].split(",")]
             continue
         label = re.match(r"(\$\w+):\s*(.*)$", text)
         if label:
-            labels[label[1]], text = len(texts), label[2]
-        if text and not text.startswith("."):
+            text = label[2]
+            if not label[1].startswith("$L__tmp"):  # the debugger's
+                labels.setdefault(len(texts), []).append(label[1])
+        text = text.removeprefix("{").lstrip()  # a scope, of registers that no others are named like
+        if text.strip("}") and not text.startswith("."):
             texts.append(text)
     return texts, labels, tables
 
 
-def _function(lines: list[str], scope: dict[str, Any]) -> Chunk:
+def _chunks(
+    texts: list[str], labels: dict[int, list[str]], translator: Translator
+) -> tuple[list[list[str]], dict[str, int]]:
+    """Lines of Python for each chunk, and which chunk begins with a label."""
+    chunks: list[list[str]] = [[]]
+    starts: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        names = labels.get(number, [])
+        if names and chunks[-1]:
+            chunks.append([])
+        starts |= dict.fromkeys(names, len(chunks) - 1)
+        lines, ends = translator.lines(text)
+        chunks[-1] += lines
+        if ends:
+            chunks.append([])
+    return chunks, starts
+
+
+_BRANCH = re.compile(r"w\.branch\(LABEL\((\S+?)\), (.*)\)$")
+
+
+def _function(lines: list[str], starts: dict[str, int], scope: dict[str, Any]) -> Chunk:
+    lines = [_BRANCH.sub(lambda found: f"w.branch({starts[found[1]]}, {found[2]})", line) for line in lines]
     source = "\n    ".join(["def chunk(w):", "R = w.registers", "X = w.writable()", *lines])
     found: dict[str, Any] = {}
     exec(source, scope, found)
     chunk: Chunk = found["chunk"]
     return chunk
+
+
+def _successors(number: int, chunks: list[list[str]], starts: dict[str, int]) -> list[int]:
+    """Where a warp may go from a chunk: to its branches' targets, and on, unless all lanes leave."""
+    branches = [found for line in chunks[number] if (found := _BRANCH.match(line))]
+    last = chunks[number][-1] if chunks[number] else ""
+    leaves = last.startswith("w.branch(") and last.endswith(", None)")
+    on = [number + 1] if number + 1 < len(chunks) and not leaves else []
+    return [starts[branch[1]] for branch in branches] + on
 
 
 def _reverse_postorder(successors: list[list[int]]) -> "_Ranks":

@@ -50,10 +50,11 @@ for barrier in (True, False):
 def beyond_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, N), 0)
 
-try:
-    beyond_kernel[(1,)](torch.zeros(24), 32)
-except emulation.Fault as fault:
-    print(fault)
+for x in (torch.zeros(24), torch.zeros(32, device="meta")):
+    try:
+        beyond_kernel[(1,)](x, 32)
+    except (emulation.Fault, ValueError) as error:
+        print(error)
 """
 
 
@@ -61,11 +62,12 @@ def test_any_kernel_of_triton_runs_and_its_races_show(tmp_path):
     (tmp_path / "race.py").write_text(RACE)
     done = run(str(tmp_path / "race.py"), TRITON_DEQ_EMULATE="1")
     assert done.returncode == 0, done.stderr
-    ordered, unordered, fault = done.stdout.splitlines()
+    ordered, unordered, fault, elsewhere = done.stdout.splitlines()
     assert ordered == "12"
     assert int(unordered) < 12
     assert "st.global" in fault
     assert "outside of every tensor" in fault
+    assert "got a tensor on meta: move it to the CPU" in elsewhere
 
 
 @pytest.mark.parametrize(

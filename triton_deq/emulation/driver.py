@@ -52,6 +52,12 @@ class Launcher:
         given = list(_flat(self._signature, arguments))
         values = [_value(kind, argument) for kind, argument in given]
         tensors = [argument for kind, argument in given if kind.startswith("*") and argument is not None]
+        elsewhere = {str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"}
+        if elsewhere:
+            raise ValueError(
+                f"an emulated kernel got a tensor on {elsewhere.pop()}: move it to the CPU, or let kernels run "
+                "on the GPU, without triton_deq.emulation"
+            )
         Launcher.launched += 1
         seed = emulation_seed() << 32 | Launcher.launched
         program.run((x, y, z), values, self._shared, self._warps, Memory.of_tensors(tensors), seed)

@@ -55,8 +55,8 @@ class Launcher:
         elsewhere = {str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"}
         if elsewhere:
             raise ValueError(
-                f"an emulated kernel got a tensor on {elsewhere.pop()}: move it to the CPU, or let kernels run "
-                "on the GPU, without triton_deq.emulation"
+                f"an emulated kernel got a tensor on {elsewhere.pop()}: move it to the CPU, or let kernels "
+                "run on the GPU, without triton_deq.emulation"
             )
         Launcher.launched += 1
         seed = emulation_seed() << 32 | Launcher.launched

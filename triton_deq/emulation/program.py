@@ -63,9 +63,9 @@ class Program:
         with np.errstate(all="ignore"):
             for place in places:
                 own = Memory.shared(shared)
-                soon = lambda: chance.random() < 0.5  # noqa: E731
                 held = [
-                    Warp(number, place, tuple(grid), parameters, memory, own, soon) for number in range(warps)
+                    Warp(number, place, tuple(grid), parameters, memory, own, chance)
+                    for number in range(warps)
                 ]
                 self._run_warps(held, chance)
 

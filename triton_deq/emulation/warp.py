@@ -1,6 +1,6 @@
 """One warp of a program: its registers, which of its lanes are where, and what its lanes do together."""
 
-from collections.abc import Callable
+import random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ class Warp:
     """Lanes that run the same chunk of a kernel, until they part.
 
     number: the warp's in its program. program, grid: which one of how many, in x, y and z.
-    soon: whether an asynchronous copy is done at once, asked for each; otherwise it is done when waited for.
+    chance: decides of each asynchronous copy whether it is done at once or when it is waited for.
 
     `at` is the chunk where all lanes are, or an array with that of each; `following` becomes the next one.
     """
@@ -58,7 +58,7 @@ class Warp:
         parameters: dict[str, Array],
         memory: Memory,
         shared: Memory,
-        soon: Callable[[], bool],
+        chance: random.Random,
     ):
         self.registers = Registers()
         self.thread = (32 * number + LANES).astype(np.uint32)
@@ -68,7 +68,7 @@ class Warp:
         self.at: Any = 0
         self.following: Any = 0
         self.waiting = False
-        self._soon = soon
+        self._chance = chance
         self._copies: list[Copy] = []
         self._groups: list[list[Copy]] = []
 
@@ -138,7 +138,7 @@ class Warp:
         if not np.isin(reads, (0, size)).all():
             raise NotImplementedError(f"{what} with less than a whole copy")
         copy = Copy(target, source, size, reads > 0, lanes, what)
-        if self._soon():
+        if self._chance.random() < 0.5:
             self._carry_out(copy)
         else:
             self._copies.append(copy)

@@ -6,7 +6,7 @@ Matrix products run on tensor cores and add up in float32 (float64 for float64).
 import triton
 import triton.language as tl
 
-from .mixing import load_triangles, relaxed, weights_of_few
+from .mixing import load_triangles, weights_of_few
 from .primitives import (
     BEST,
     CONVERGED,
@@ -282,7 +282,8 @@ def mlp_solve_kernel(
                 other = load_older(residuals_ptr, ring, tile, live, 0, slot, filled)
             fx = tl.where(inside, fx.to(x.dtype).to(WIDE), 0)  # rounded as f's value is outside of here
             difference = (fx - wide_x).to(x.dtype).to(WIDE)
-            iterate = relaxed(fx, wide_x, MIXING).to(x.dtype)
+            # Also where β is 1: fx itself, kept until the mixing, costs registers that are spilled.
+            iterate = (wide_x + MIXING * (fx - wide_x)).to(x.dtype)
 
             exact = difference.to(tl.float64)
             value_sq = tl.sum(fx.to(tl.float64) * fx.to(tl.float64), axis=1)

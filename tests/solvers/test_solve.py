@@ -302,14 +302,3 @@ def test_a_plain_step_is_the_value_of_f_from_however_far(solver, width, backend,
     solution = td.solve(lambda z: value.clone(), z0, solver, max_steps=2, backend=backend)
     assert torch.equal(solution.value, value)
     assert (solution.residual == 0).all()
-
-
-@pytest.mark.kernels
-def test_so_it_is_where_a_whole_solve_is_one_launch(device):
-    cell = td.MLPCell(5, 3).to(device)
-    torch.nn.init.zeros_(cell.state.weight)
-    deq = td.DEQ(cell, td.Anderson(3), max_steps=2, backend="triton")
-    with torch.no_grad():
-        solution = deq(torch.randn(2, 3, device=device), torch.full((2, 5), 1e7, device=device)).solution
-    assert solution.path == "one launch"
-    assert (solution.residual == 0).all()

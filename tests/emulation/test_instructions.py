@@ -410,7 +410,13 @@ def test_lanes_that_are_masked_may_point_anywhere():
 
 @pytest.mark.parametrize(
     "body",
-    ["tanh.approx.f32 %r1, %r0;", "bar.sync 1, 64;", "atom.global.max.u32 %r1, [ %rd100 + 0 ], %r0;", "?"],
+    [
+        "tanh.approx.f32 %r1, %r0;",
+        "bar.sync 1, 64;",
+        "atom.global.max.u32 %r1, [ %rd100 + 0 ], %r0;",
+        "ld.local.b32 %r1, [%rd100];",
+        "?",
+    ],
 )
 def test_an_instruction_that_is_not_known_is_named(body):
     with pytest.raises(NotImplementedError) as caught:

@@ -27,13 +27,11 @@ class Program:
     lanes may part. Lanes that have parted run one chunk at a time, the first of theirs in reverse postorder
     of the graph of chunks: so those ahead wait where the ways meet again.
 
-    parameters: their names and sizes in bytes, in order.
     """
 
     def __init__(self, ptx: str):
         head, _, rest = ptx.partition("\n{")
-        listed = re.findall(r"\.param\s+\.\w(\d+)[^,)]*?(\w+_param_\d+)", head)
-        self.parameters = [(name, int(bits) // 8) for bits, name in listed]
+        self._parameters = re.findall(r"\.param[^,)]*?(\w+_param_\d+)", head)
         texts, labels, tables = _cut(rest.partition("\n}")[0])
         translator = Translator(tables)
         chunks, starts = _chunks(texts, labels, translator)
@@ -55,9 +53,8 @@ class Program:
                 that part where all are needed.
         """
         chance = random.Random(seed)
-        parameters = {
-            name: np.asarray(value) for (name, _), value in zip(self.parameters, values, strict=False)
-        }
+        # Behind those that were given Triton has places for scratch memory, which is not read.
+        parameters = {name: np.asarray(value) for name, value in zip(self._parameters, values, strict=False)}
         places = list(product(*(range(count) for count in grid)))
         chance.shuffle(places)
         with np.errstate(all="ignore"):

@@ -27,6 +27,8 @@ _FORMULAS = {
     "div": "{0} / {1}",
     "min": "np.fmin({0}, {1})",
     "max": "np.fmax({0}, {1})",
+    "min.NaN": "np.minimum({0}, {1})",
+    "max.NaN": "np.maximum({0}, {1})",
     "sqrt": "np.sqrt({0})",
     "rsqrt": "1 / np.sqrt({0})",
     "rcp": "1 / {0}",
@@ -177,11 +179,20 @@ class Translator:
     def on_ld(self, i: Instruction) -> list[str]:
         if "param" in i.parts:
             return self._parameter(i)
-        space, kind = ("memory", "u64") if "global" in i.parts else ("shared", "u32")
+        space, kind = self._space(i)
         size, names = DTYPES[i.kind].itemsize, self._listed(i.operands[0])
         address = self._address(i.operands[1], kind)
         lines = [f"V = w.{space}.load({address}, {size}, {i.vector}, w.active({i.guard}), {i.text!r})"]
         return lines + [f"X[{name[1:]!r}] = V[{k}].astype('u{_size(name)}')" for k, name in enumerate(names)]
+
+    @staticmethod
+    def _space(i: Instruction) -> tuple[str, str]:
+        """Which memory of a warp, and the kind of its addresses."""
+        if "global" in i.parts:
+            return "memory", "u64"
+        if "shared" in i.parts:
+            return "shared", "u32"
+        raise NotImplementedError(f"the emulation knows global and shared memory only, not {i.text}")
 
     def _parameter(self, i: Instruction) -> list[str]:
         dtype, name = DTYPES[i.kind], i.operands[0]
@@ -190,7 +201,7 @@ class Translator:
         return [f"X[{name[1:]!r}] = np.full(32, {value}.astype({wide!r}).view('u{_size(name)}'))"]
 
     def on_st(self, i: Instruction) -> list[str]:
-        space, kind = ("memory", "u64") if "global" in i.parts else ("shared", "u32")
+        space, kind = self._space(i)
         size = DTYPES[i.kind].itemsize
         values = ", ".join(self._lanes(each, f"b{8 * size}") for each in self._listed(i.operands[1]))
         address = self._address(i.operands[0], kind)
@@ -306,7 +317,7 @@ class Translator:
         unordered = f"(np.isnan({a}) | np.isnan({b}))"
         if compare in ("num", "nan"):
             found = unordered if compare == "nan" else f"~{unordered}"
-        elif kind in DTYPES and kind not in FLOATS and not packs:
+        elif kind not in FLOATS and not packs:
             found = f"({a} {_ORDERED[compare]} {b})"
         elif compare in _ORDERED:
             found = f"(({a} {_ORDERED[compare]} {b}) & ~{unordered})"
@@ -366,9 +377,7 @@ class Translator:
 
     def _floating(self, i: Instruction, given: list[str]) -> str:
         flushes = "ftz" in i.parts and i.kind == "f32"
-        formula = _FORMULAS[i.head]
-        if "NaN" in i.parts:
-            formula = formula.replace("fm", "m").replace("(", "imum(", 1)
+        formula = _FORMULAS[f"{i.head}.NaN" if "NaN" in i.parts else i.head]
         value = formula.format(*(f"flushed({each})" if flushes else each for each in given))
         if i.head == "rcp" and i.kind == "f64":
             return f"upper_word({value})"

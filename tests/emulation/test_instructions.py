@@ -203,13 +203,20 @@ def test_rounding_to_fewer_bits():
     assert (computed("cvt.rna.tf32.f32", ["b32", "f32"], ties).view(torch.float32) == 1 + 2**-10).all()
 
 
-def test_bfloat16_is_rounded_once():
-    """`37/32 · 7/8` lies between two numbers. What is added decides, and is lost to float32."""
-    a, b = torch.full((32,), 37 / 32), torch.full((32,), 7 / 8)
-    for added, wanted in ((0.0, 260 / 256), (-(2.0**-30), 258 / 256), (2.0**-30, 260 / 256)):
-        given = (each.bfloat16() for each in (a, b, torch.full((32,), added)))
-        found = computed("fma.rn.bf16", ["b16"] * 4, *given).view(torch.bfloat16)
-        assert (found == wanted).all()
+@pytest.mark.parametrize(
+    ("a", "b", "added", "wanted"),
+    [
+        (37 / 32, 7 / 8, 0.0, 260 / 256),
+        (37 / 32, 7 / 8, -(2.0**-30), 258 / 256),
+        (29 / 16, 9 / 16, 0.0, 260 / 256),
+        (29 / 16, 9 / 16, 2.0**-30, 262 / 256),
+    ],
+)
+def test_bfloat16_is_rounded_once(a, b, added, wanted):
+    """The products lie between two numbers. What is added decides, and is lost to float32."""
+    given = (torch.full((32,), each).bfloat16() for each in (a, b, added))
+    found = computed("fma.rn.bf16", ["b16"] * 4, *given).view(torch.bfloat16)
+    assert (found == wanted).all()
 
 
 def test_whole_numbers_from_floating_ones():

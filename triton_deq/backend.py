@@ -22,6 +22,9 @@ from .openmp import threads_for
 
 BACKENDS = ("auto", "triton", "reference", "numba")
 
+EMULATED = ("sm_90", "sm_80")
+"""The GPUs that `triton_deq.emulation` can stand in for; the first one if none is asked for."""
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Asked for at every op, where torch.compile could not trace the search."""
 
@@ -69,6 +72,20 @@ def emulation_seed() -> int:
             "of the two"
         )
     return int(given)
+
+
+def emulation_target() -> str:
+    """The GPU that kernels are compiled for where they are emulated, by TRITON_DEQ_EMULATE_TARGET.
+
+    Raises:
+        ValueError: one that cannot be emulated.
+    """
+    given = os.environ.get("TRITON_DEQ_EMULATE_TARGET", EMULATED[0])
+    if given not in EMULATED:
+        raise ValueError(
+            f"TRITON_DEQ_EMULATE_TARGET is {given!r}: give one that can be emulated, {' or '.join(EMULATED)}"
+        )
+    return given
 
 
 def choose(tensor: Tensor, requested: str = "auto") -> tuple[str, str]:

@@ -18,11 +18,45 @@ def run(*command, **environment):
     )
 
 
-def test_verify_runs_what_is_compiled():
-    kernels = ["--kernel", "anderson", "--kernel", "mlp", "--kernel", "cross_entropy"]
-    done = run("-m", "triton_deq", "verify", "--emulate", "3", "--quick", "--dtype", "bfloat16", *kernels)
+@pytest.mark.parametrize(
+    ("asked", "target"), [(["--emulate", "3"], "sm_90"), (["--target", "sm_80"], "sm_80")], ids=["90", "80"]
+)
+def test_verify_runs_what_is_compiled(asked, target):
+    kernels = ["--kernel", "anderson", "--kernel", "feedforward", "--kernel", "cross_entropy"]
+    done = run("-m", "triton_deq", "verify", *asked, "--quick", "--dtype", "bfloat16", *kernels)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "within their bounds on CPU (emulated sm_80)" in done.stdout
+    assert f"within their bounds on CPU (emulated {target})" in done.stdout
+
+
+PRODUCT = """
+import torch, triton, triton.language as tl
+from triton_deq import emulation
+emulation.install()
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, K: tl.constexpr):
+    rows, columns, depth = tl.arange(0, 64), tl.arange(0, 32), tl.arange(0, 32)
+    total = tl.zeros([64, 32], tl.float32)
+    for start in range(0, K, 32):
+        a = tl.load(a_ptr + rows[:, None] * K + (start + depth)[None, :])
+        b = tl.load(b_ptr + (start + depth)[:, None] * 32 + columns[None, :])
+        total = tl.dot(a, b, total)
+    tl.store(out_ptr + rows[:, None] * 32 + columns[None, :], total)
+
+a, b = torch.randn(64, 128).bfloat16(), torch.randn(128, 32).bfloat16()
+out = torch.empty(64, 32)
+compiled = product_kernel[(1,)](a, b, out, 128, num_stages=3)
+torch.testing.assert_close(out, a.float() @ b.float())
+print("wgmma" in str(compiled.asm["ptx"]))
+"""
+
+
+@pytest.mark.parametrize(("target", "there"), [("sm_90", "True"), ("sm_80", "False")])
+def test_products_go_through_the_tensor_cores_of_the_target(target, there, tmp_path):
+    (tmp_path / "product.py").write_text(PRODUCT)
+    done = run(str(tmp_path / "product.py"), TRITON_DEQ_EMULATE="1", TRITON_DEQ_EMULATE_TARGET=target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == there
 
 
 RACE = """
@@ -83,6 +117,15 @@ def test_settings_that_cannot_be(settings, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         backend.emulation_seed()
+
+
+def test_a_target_that_cannot_be(monkeypatch):
+    monkeypatch.setenv("TRITON_DEQ_EMULATE_TARGET", "sm_70")
+    with pytest.raises(
+        ValueError,
+        match="TRITON_DEQ_EMULATE_TARGET is 'sm_70': give one that can be emulated, sm_90 or sm_80",
+    ):
+        backend.emulation_target()
 
 
 @pytest.mark.skipif(not backend.interpreting(), reason="kernels were not imported for the interpreter")

@@ -19,7 +19,7 @@ def _watched(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """Products as on a GPU of one multiprocessor, which few programs keep busy: the tiles that are chosen."""
     chosen: list[tuple[int, int]] = []
     choose = products._tile
@@ -28,6 +28,6 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         chosen.append(choose(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr(products, "processors", lambda device: 1)
     monkeypatch.setattr(products, "_tile", watched)
-    return chosen
+    with products.cut_for(1):
+        yield chosen

@@ -3,11 +3,13 @@
 Triton's interpreter runs a kernel's Python, tile by tile. What a GPU runs has been through the compiler: a
 tile is spread over threads, sums are shuffles and barriers, bfloat16 is bfloat16, products are those of
 tensor cores, copies to shared memory are under way while the program goes on. `install` gives Triton a driver
-that compiles for sm_80, stops at PTX, the last form that is documented, and runs its instructions with NumPy.
+that compiles for sm_90 or sm_80, stops at PTX, the last form that is documented, and runs its instructions
+with NumPy.
 
 Warps run in an order that chance decides, from access to access, so that what depends on the order differs
-from launch to launch. Asynchronous copies are done early or late. Shared memory that nothing has written
-holds NaN. Every address is held against the tensors of the launch.
+from launch to launch. Asynchronous copies, and products of sm_90 that read shared memory by themselves, are
+done early or late. Shared memory that nothing has written holds NaN. Every address is held against the
+tensors of the launch.
 
 What it does not see: what NVIDIA's assembler makes of the PTX, instructions of other GPUs, and time.
 """
@@ -20,11 +22,11 @@ __all__ = ["Fault", "install", "prepare"]
 
 
 def install() -> None:
-    """Let any Triton kernel run on CPU tensors in this process, compiled for sm_80 and emulated.
+    """Let any Triton kernel run on CPU tensors in this process, as compiled for a GPU.
 
     Kernels must be defined without `TRITON_INTERPRET`. Launches are as on a GPU, `kernel[grid](...)`. The ops
-    of this library also need `TRITON_DEQ_EMULATE=1`, to take their kernels for CPU tensors. What a GPU would
-    fault at raises :class:`Fault`.
+    of this library also need `TRITON_DEQ_EMULATE=1`, to take their kernels for CPU tensors. The GPU is what
+    `TRITON_DEQ_EMULATE_TARGET` says, sm_90 or sm_80. What it would fault at raises :class:`Fault`.
     """
     from . import driver
 

@@ -11,12 +11,12 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from ..backend import emulation_seed
+from ..backend import emulation_seed, emulation_target
 from .memory import Memory
 from .program import Program
 
-ARCHITECTURE = 80
-"""sm_80, whose tensor cores take registers. Those of sm_90 take descriptors of shared memory."""
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448}
+"""The GPUs that can be emulated, and how many bytes of shared memory a program may have there."""
 
 NAME = "emulated"
 
@@ -87,7 +87,8 @@ class Utilities:
 
     @staticmethod
     def get_device_properties(device: int) -> dict[str, int]:
-        return {"max_shared_mem": 166912, "multiprocessor_count": 108, "warpSize": 32, "max_num_regs": 65536}
+        shared = SHARED_MEMORY[emulation_target()]
+        return {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
     @staticmethod
     def load_binary(name: str, binary: Any, shared: int, device: int) -> tuple[Any, Program, int, int, int]:
@@ -115,7 +116,7 @@ class Driver(DriverBase):
         raise NotImplementedError("an emulated launch compiles nothing")
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget(NAME, ARCHITECTURE, 32)
+        return GPUTarget(NAME, int(emulation_target().removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
         return 0

@@ -36,12 +36,6 @@ class Memory:
         whole = (ctypes.c_uint8 * ((1 << 47) - 2 * FIRST)).from_address(FIRST)
         return cls(np.ctypeslib.as_array(whole), FIRST, spans)
 
-    @classmethod
-    def shared(cls, size: int) -> "Memory":
-        """A program's. What nothing has written is NaN, whatever it is read as."""
-        size = -(-size // 16) * 16
-        return cls(np.full(size, 0xFF, np.uint8), 0, [(0, size)])
-
     def load(self, addresses: Array, size: int, count: int, lanes: Array | None, what: str) -> list[Array]:
         """`count` numbers of `size` bytes one after another, from each lane's address; of others zeros."""
         if lanes is not None and not lanes.any():
@@ -83,3 +77,39 @@ class Memory:
         if (wanted & (width - 1)).any():
             raise Fault(f"{what} is at an address that is no multiple of its {width} bytes")
         return (addresses - self._first) // size
+
+
+class SharedMemory(Memory):
+    """A program's. What nothing has written is NaN, whatever it is read as.
+
+    Tensor cores that read it by themselves, those of `wgmma`, may see what threads have stored only behind a
+    `fence.proxy.async`. Of what asynchronous copies have written the same is true on paper; compilers before
+    Triton 3.7.1 have no fence there, and GPUs of sm_90 were not seen to need one.
+    """
+
+    def __init__(self, size: int):
+        size = -(-size // 16) * 16
+        super().__init__(np.full(size, 0xFF, np.uint8), 0, [(0, size)])
+        self._stored = np.zeros(size, bool)
+
+    def store(self, addresses: Array, size: int, values: list[Array], lanes: Array | None, what: str) -> None:
+        super().store(addresses, size, values, lanes, what)
+        begins = addresses if lanes is None else addresses[lanes]
+        self._stored[begins[:, None] + np.arange(size * len(values))] = True
+
+    def copy_in(self, addresses: Array, words: list[Array], lanes: Array | None, what: str) -> None:
+        """What an asynchronous copy has brought."""
+        super().store(addresses, 4, words, lanes, what)
+
+    def fence(self) -> None:
+        """What was stored until now may be read by tensor cores."""
+        self._stored[:] = False
+
+    def load_matrix(self, addresses: Array, size: int, what: str) -> Array:
+        """Entries of `size` bytes, by tensor cores."""
+        (entries,) = self.load(addresses.ravel(), size, 1, None, what)
+        if self._stored[addresses].any():
+            raise Fault(
+                f"{what} reads what threads have stored in shared memory, without a fence.proxy.async between"
+            )
+        return entries.reshape(addresses.shape)

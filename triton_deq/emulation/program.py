@@ -10,7 +10,7 @@ import numpy as np
 
 from . import arithmetic, tensor_cores
 from .arithmetic import Array
-from .memory import Fault, Memory
+from .memory import Fault, Memory, SharedMemory
 from .translation import END, Translator
 from .warp import Warp
 
@@ -59,7 +59,7 @@ class Program:
         chance.shuffle(places)
         with np.errstate(all="ignore"):
             for place in places:
-                own = Memory.shared(shared)
+                own = SharedMemory(shared)
                 held = [
                     Warp(number, place, tuple(grid), parameters, memory, own, chance)
                     for number in range(warps)

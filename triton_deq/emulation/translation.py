@@ -40,7 +40,7 @@ _WHOLE_FORMULAS = _FORMULAS | {
     "div": "divide({0}, {1})",
     "rem": "remainder({0}, {1})",
 }
-_SEEN = ("bra", "brx", "ret", "bar", "ld", "st", "ldmatrix", "atom", "red", "cp")
+_SEEN = ("bra", "brx", "ret", "bar", "ld", "st", "ldmatrix", "stmatrix", "atom", "red", "cp", "wgmma")
 """Instructions behind which another warp, or other lanes, may go on."""
 _LOGIC = {"and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}"}
 
@@ -225,6 +225,18 @@ class Translator:
         lines = [f"V = w.load_matrices({address}, {len(names)}, {'trans' in i.parts}, {i.text!r})"]
         return lines + [self._write(name, f"V[{k}]", "b32") for k, name in enumerate(names)]
 
+    def on_stmatrix(self, i: Instruction) -> list[str]:
+        address = self._address(i.operands[0], "u32")
+        values = ", ".join(self._lanes(name, "b32") for name in self._listed(i.operands[1]))
+        return [f"w.store_matrices({address}, [{values}], {'trans' in i.parts}, {i.text!r})"]
+
+    def on_fence(self, i: Instruction) -> list[str]:
+        if i.parts[:3] != ("proxy", "async", "shared"):
+            raise NotImplementedError(
+                f"the emulation knows no fence but those of shared memory, not {i.text}"
+            )
+        return ["w.shared.fence()"]
+
     def on_atom(self, i: Instruction) -> list[str]:
         if i.parts[-2:] != ("add", "u32"):
             raise NotImplementedError(f"of atomic operations the emulation knows add.u32, not {i.text}")
@@ -264,6 +276,30 @@ class Translator:
         lines = [f"V = multiply({kind!r}, {shape[1]}, {shape[2]}, {sources})"]
         return lines + [self._write(name, f"V[{k}]", held) for k, name in enumerate(d)]
 
+    def on_wgmma(self, i: Instruction) -> list[str]:
+        if i.parts[0] == "fence":
+            return ["w.products.fence()"]
+        if i.parts[0] == "commit_group":
+            return ["w.products.commit()"]
+        if i.parts[0] == "wait_group":
+            return [f"w.products.wait({int(i.operands[0])})"]
+        shape = re.fullmatch(r"m64n(\d+)k(\d+)", i.parts[3])
+        assert shape is not None
+        if i.parts[4] != "f32":
+            raise NotImplementedError(f"the emulation adds products up in float32, not as {i.text}")
+        d, a, b, adds, *scales = i.operands
+        if scales[:2] != ["1", "1"]:
+            raise NotImplementedError(f"the emulation does not negate A or B, as {i.text}")
+        across = [each == "1" for each in scales[2:]]  # of A only where it has a descriptor
+        along_k = tuple(not each for each in [False, False, *across][-2:])
+        left = ", ".join(self._lanes(each, "u32" if a.startswith("{") else "u64") for each in self._listed(a))
+        names = [each.lstrip("%") for each in self._listed(d)]
+        return [
+            f"w.together({i.text!r})",
+            f"w.products.begin({i.parts[5]!r}, {int(shape[2])}, {names}, [{left}], {self._lanes(b, 'u64')}, "
+            f"{self._lanes(adds, 'pred')}, {along_k}, {i.text!r})",
+        ]
+
     # ------------------------------------------------------------------------------------------------ values
 
     def on_mov(self, i: Instruction) -> list[str]:
@@ -293,7 +329,7 @@ class Translator:
         if "tf32" in i.parts:
             return [self._write(target, f"to_tf32({value})", "b32")]
         if of == "bf16":
-            return [self._write(target, f"from_bf16({value})", to)]
+            value, of = f"from_bf16({value})", "f32"
         if to == "bf16":
             return [self._write(target, f"to_bf16({value})", to)]
         if "ftz" in i.parts:

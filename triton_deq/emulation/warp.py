@@ -5,16 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arithmetic import Array
-from .memory import Fault, Memory
+from .arithmetic import Array, halves
+from .memory import Fault, Memory, SharedMemory
 from .tensor_cores import LANES, matrix_addresses
-
-
-class Registers(dict[str, Array]):
-    """By name, one number for each lane."""
-
-    def __missing__(self, name: str) -> Array:
-        raise Fault(f"register %{name} is read, and nothing has written it")
+from .warpgroup import Products, Registers
 
 
 class Copy(NamedTuple):
@@ -57,7 +51,7 @@ class Warp:
         grid: tuple[int, ...],
         parameters: dict[str, Array],
         memory: Memory,
-        shared: Memory,
+        shared: SharedMemory,
         chance: random.Random,
     ):
         self.registers = Registers()
@@ -68,6 +62,7 @@ class Warp:
         self.at: Any = 0
         self.following: Any = 0
         self.waiting = False
+        self.products = Products(number, self.registers, shared, chance)
         self._chance = chance
         self._copies: list[Copy] = []
         self._groups: list[list[Copy]] = []
@@ -112,8 +107,7 @@ class Warp:
     def load_matrices(self, addresses: Array, count: int, transposed: bool, what: str) -> list[Array]:
         """The registers of `ldmatrix`, each with two numbers of 16 bits."""
         self.together(what)
-        if (addresses[: 8 * count] % 16).any():
-            raise Fault(f"{what} reads a row at an address that is no multiple of its 16 bytes")
+        self._aligned(addresses[: 8 * count], what)
         registers = []
         for number in range(count):
             lower, upper = (
@@ -122,6 +116,20 @@ class Warp:
             )
             registers.append(lower | upper << np.uint32(16))
         return registers
+
+    def store_matrices(self, addresses: Array, registers: list[Array], transposed: bool, what: str) -> None:
+        """The other way, `stmatrix`."""
+        self.together(what)
+        self._aligned(addresses[: 8 * len(registers)], what)
+        for number, register in enumerate(registers):
+            places = matrix_addresses(addresses, number, transposed)
+            for place, half in zip(places, np.moveaxis(halves(register), -1, 0), strict=True):
+                self.shared.store(place, 2, [half], None, what)
+
+    @staticmethod
+    def _aligned(rows: Array, what: str) -> None:
+        if (rows % 16).any():
+            raise Fault(f"{what} has a row at an address that is no multiple of its 16 bytes")
 
     def add_to_memory(self, addresses: Array, values: Array, guard: Array | None, what: str) -> Array:
         """One lane after another; what was there before each."""
@@ -156,4 +164,4 @@ class Warp:
     def _carry_out(self, copy: Copy) -> None:
         lanes = copy.reads if copy.lanes is None else copy.reads & copy.lanes
         words = self.memory.load(copy.source, 4, copy.size // 4, lanes, copy.what)
-        self.shared.store(copy.target, 4, words, copy.lanes, copy.what)
+        self.shared.copy_in(copy.target, words, copy.lanes, copy.what)

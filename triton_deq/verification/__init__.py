@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from ..backend import emulation_seed
+from ..backend import EMULATED, emulation_seed
 from ..checks import parse_count, parse_rows_file
 from .attention import check_attention
-from .case import BOUNDS, LAYOUTS, SHAPES, Case, Row
+from .case import BOUNDS, LARGE, LAYOUTS, SHAPES, Case, Row
 from .cross_entropy import check_cross_entropy
 from .feedforward import check_feedforward
 from .groupnorm import check_fusion, check_groupnorm
@@ -70,11 +70,16 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
 }
 
 
+PRODUCTS = ("mlp", "mlp_probe", "feedforward")
+"""Checks of matrix products, whose tiles grow with what a multiprocessor has to do."""
+
+
 def cases(seed: int, quick: bool, dtypes: list[str]) -> Iterator[Case]:
-    """The fixed shapes; `quick` takes one of them."""
+    """The fixed shapes, of which `quick` takes one, and one more in the largest tiles, for `PRODUCTS`."""
     for dtype in dtypes:
         for shape in SHAPES[1:2] if quick else SHAPES:
             yield Case(getattr(torch, dtype), shape, _device(), seed)
+        yield Case(getattr(torch, dtype), LARGE, _device(), seed, multiprocessors=1)
 
 
 def random_cases(seeds: int, first: int, dtypes: list[str]) -> Iterator[Case]:
@@ -86,7 +91,8 @@ def random_cases(seeds: int, first: int, dtypes: list[str]) -> Iterator[Case]:
         shape = (draw.randint(1, max(1, min(64, most // entries // 4))), entries)
         if _device().type == "cpu":
             shape = (min(shape[0], 5), entries)
-        yield Case(getattr(torch, draw.choice(dtypes)), shape, _device(), seed, draw.choice(LAYOUTS))
+        dtype, layout = getattr(torch, draw.choice(dtypes)), draw.choice(LAYOUTS)
+        yield Case(dtype, shape, _device(), seed, layout, draw.choice((1, None)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=1,
         metavar="SEED",
-        help="run the kernels as compiled for sm_80, on the CPU; the seed draws the order of their warps",
+        help="run the kernels as compiled for a GPU, on the CPU; the seed draws the order of their warps",
+    )
+    parser.add_argument(
+        "--target", choices=EMULATED, help=f"the GPU of --emulate, which this implies (default {EMULATED[0]})"
     )
     parser.add_argument(
         "--json",
@@ -120,19 +129,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the checks, print a row each, return 1 if one is over its bound."""
     # Read when the kernels are first imported, which is below.
-    if arguments.emulate is not None:
-        os.environ["TRITON_DEQ_EMULATE"] = str(arguments.emulate)
+    if arguments.target is not None:
+        os.environ["TRITON_DEQ_EMULATE_TARGET"] = arguments.target
+    if arguments.emulate is not None or arguments.target is not None:
+        os.environ["TRITON_DEQ_EMULATE"] = str(arguments.emulate or emulation_seed() or 1)
         os.environ.pop("TRITON_INTERPRET", None)
     elif not torch.cuda.is_available() and not emulation_seed():
         os.environ["TRITON_INTERPRET"] = "1"
     dtypes = arguments.dtype or list(BOUNDS)
     if arguments.quick and not arguments.dtype:
         dtypes = ["float32", "bfloat16"]
-    checks = [CHECKS[name] for name in arguments.kernel or CHECKS]
     if arguments.seeds is None:
         chosen = cases(arguments.seed, arguments.quick, dtypes)
     else:
         chosen = random_cases(arguments.seeds, arguments.seed, dtypes)
+
+    from ..ops.products import cut_for
 
     began = time.perf_counter()
     rows: list[Row] = []
@@ -141,9 +153,13 @@ def run(arguments: argparse.Namespace) -> int:
         f"{'kernel':<23} {'dtype':<9} {'shape':>12} {'layout':<11} {'quantity':<19} {'error':>9} {'bound':>9}"
     )
     for case in chosen:
-        for check in checks:
-            for row in check(case):
-                rows.append(row)
+        for name in arguments.kernel or CHECKS:
+            if case.shape == LARGE and name not in PRODUCTS:
+                continue
+            with cut_for(case.multiprocessors):
+                found = list(CHECKS[name](case))
+            rows += found
+            for row in found:
                 show(_line(row))
     if arguments.json:
         text = json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backend import emulation_seed
+from ..backend import emulation_seed, emulation_target
 
 BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
 """Largest relative error, ‖out − reference‖ / ‖reference‖, for each dtype."""
@@ -16,6 +16,8 @@ RANDOM_WALK = 1 << 16
 """Up to so many terms a running sum stays within them; the error of one of more goes on as a random walk."""
 SHAPES = ((1, 1), (3, 37), (2, 4100))
 """(batch, entries): the smallest, an odd one, and one that is cut into several unequal parts."""
+LARGE = (70, 200)
+"""With it products have tiles of every kind that a GPU's tensor cores take, and several steps along them."""
 LAYOUTS = ("contiguous", "transposed", "strided")
 """Of the inputs: "strided" takes every other entry of a tensor whose other entries are NaN."""
 
@@ -46,13 +48,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What a check runs on. layout: how the inputs `[B, N]` lie in memory, one of `LAYOUTS`."""
+    """What a check runs on.
+
+    layout: how the inputs `[B, N]` lie in memory, one of `LAYOUTS`. multiprocessors: of the GPU that products
+    are cut for; None for this one.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, int]
     device: torch.device
     seed: int
     layout: str = "contiguous"
+    multiprocessors: int | None = None
 
     def randn(self, *shape: int, stream: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * self.seed + stream)
@@ -76,7 +83,7 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def row(case: Case, op: str, kernel: str, quantity: str, error: float, bound: float | None = None) -> Row:
-    device = "CPU (emulated sm_80)" if emulation_seed() else "CPU (interpreter)"
+    device = f"CPU (emulated {emulation_target()})" if emulation_seed() else "CPU (interpreter)"
     if case.device.type == "cuda":
         device = torch.cuda.get_device_name(case.device)
     bound = BOUNDS[name_of(case.dtype)] if bound is None else bound

@@ -27,6 +27,7 @@ from triton_deq.inspection.reading import (
     lines_of,
     matrix_instructions,
     nvidia_resources,
+    unfenced_copies,
 )
 from triton_deq.inspection.targets import TARGETS, occupancy
 
@@ -734,6 +735,19 @@ def test_amd_accesses():
 )
 def test_matrix_instructions(instruction):
     assert matrix_instructions(f"{instruction}\n wgmma.fence.sync.aligned;\n v_fma_f32 v0, v1, v2, v3\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "unfenced"),
+    [
+        (("cp.async.cg.shared.global [%r1], [%rd1], 16;", "tcgen05.mma.cta_group::1.kind::f16"), True),
+        (("cp.async.ca.shared.global [%r1], [%rd1], 4;", "fence.proxy.async;", "tcgen05.mma"), False),
+        (("st.shared.b32 [%r1], %r2;", "tcgen05.mma.cta_group::1.kind::f16"), False),
+        (("cp.async.cg.shared.global [%r1], [%rd1], 16;", "mma.sync.aligned.m16n8k16"), False),
+    ],
+)
+def test_copies_that_tensor_cores_read_without_a_fence(lines, unfenced):
+    assert unfenced_copies("\n".join(lines)) == unfenced
 
 
 def elf(*sections: tuple[int, int]) -> bytes:

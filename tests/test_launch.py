@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from triton_deq.backend import interpreting
 from triton_deq.ops import launch as launches
@@ -52,6 +53,30 @@ def test_a_known_kernel_gets_pointers_and_constants_in_its_order(monkeypatch):
     assert kernel.compiled[0][1][0] is x
     assert kernel.compiled[0][2]["enable_fp_fusion"]
     assert kernel.launched == [((4, 1, 1), y.data_ptr(), 9, (5, 48), 0.5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "warps", "stages"),
+    [
+        (10, "3.6.0", 4, 1),
+        (10, "3.7.0", 8, 1),
+        (11, "3.7.0+git1", 4, 1),
+        (10, "3.6.0", 2, 3),
+        (10, "3.7.1", 4, 3),
+        (10, "3.10.0", 4, 3),
+        (9, "3.6.0", 4, 3),
+    ],
+)
+def test_copies_are_not_asynchronous_where_their_fence_is_missing(
+    capability, version, warps, stages, monkeypatch
+):
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(launches, "_capability", lambda device: capability)
+    monkeypatch.setattr(launches, "_known", {})
+    kernel, x = Kernel(), torch.zeros(64)
+    constants = {"BLOCK": 8, "SCALE": 0.5, "num_warps": warps, "num_stages": 3}
+    launches._launch_known(kernel, (4,), 0, (x, 7, (3, 32)), constants)
+    assert kernel.compiled[0][2]["num_stages"] == stages
 
 
 def test_a_place_launches_again_what_is_alike(monkeypatch):

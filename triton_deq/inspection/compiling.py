@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..ops.launch import right_stages
 from .reading import (
     Access,
     accesses,
@@ -17,6 +18,7 @@ from .reading import (
     lines_of,
     matrix_instructions,
     nvidia_resources,
+    unfenced_copies,
     unset_registers,
 )
 from .sass import disassemble, listing
@@ -164,6 +166,8 @@ def _compile(entry: Any, job: Job, row: Row) -> None:
     row.broken = list(broken_budgets(entry.budget, row, target))
     lost = {kind for kind, *_ in lines} - {access.kind for access in bulk}
     row.broken += [f"no instruction was found for the contiguous {kind}s" for kind in sorted(lost)]
+    if unfenced_copies(assembly):
+        row.broken.append("tensor cores read asynchronous copies without a fence.proxy.async")
     if job.waits and cuda:
         row.path = follow(code)
     if descriptors:
@@ -190,7 +194,9 @@ def _warm_up(entry: Any, configuration: int, target: Target) -> Any:
     kernel = entry.kernel if not constants else entry.kernel.fn
     driver.set_active(AbsentGPU(target))
     options = dict(entry.options)
-    if target.backend != "cuda":
+    if target.backend == "cuda":
+        options |= right_stages(int(target.arch) // 10, options.get("num_warps", 4))
+    else:
         options.pop("maxnreg", None)  # an option of NVIDIA's compiler
         if options.get("num_warps", 0) > 8:
             options["num_warps"] = 8  # `most_warps` of triton_deq/ops/launch.py

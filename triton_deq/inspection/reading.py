@@ -106,6 +106,11 @@ def matrix_instructions(assembly: str) -> int:
     return len(_MATRIX.findall(assembly))
 
 
+def unfenced_copies(ptx: str) -> bool:
+    """Whether tensor cores of sm_100 read what asynchronous copies bring, and there is no fence at all."""
+    return "tcgen05.mma" in ptx and "cp.async.c" in ptx and "fence.proxy.async" not in ptx
+
+
 def unset_registers(code: Iterable[Instruction]) -> list[str]:
     """The uniform registers that an instruction reads and none before it has written, by address.
 

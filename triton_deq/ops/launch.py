@@ -1,5 +1,6 @@
 """What every launch has in common: the device, the compiler's options, the cut of a row into parts."""
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -157,10 +158,34 @@ def _launch_known(
         again = partial(compiled[(*grid, 1, 1)], *values, *rest)
         again()
         return again
-    compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
+    options = constants | right_stages(_capability(device), constants.get("num_warps", 4))
+    compiled = kernel[grid](*args, **options, enable_fp_fusion=True)
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     _known[known] = compiled, rest, kernel
     return partial(compiled[(*grid, 1, 1)], *values, *rest)
+
+
+def right_stages(capability: int, warps: int) -> dict[str, int]:
+    """The option without which Triton's compiler makes wrong products for a GPU of this major capability.
+
+    Tensor cores of sm_100 and its like read shared memory in a proxy of their own, and before 3.7.1 Triton
+    has no fence between a loop's asynchronous copies and such reads: on a B200 products were seen to differ
+    from run to run (pytorch/pytorch#181248, triton-lang/triton#10537). In one stage there are no such copies.
+    Those of sm_90 should need that fence as well, and gave no wrong result: they keep their stages. Fewer
+    than four warps use older instructions, of which none of this is true.
+    """
+    import triton
+
+    fenced = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
+    return {"num_stages": 1} if capability in (10, 11) and warps >= 4 and not fenced else {}
+
+
+@cache
+def _capability(device: int) -> int:
+    """The major one; 0 of what is not NVIDIA's."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _told_apart(args: Iterable[Any]) -> tuple[list[Any], list[Any]]:

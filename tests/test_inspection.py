@@ -266,7 +266,7 @@ def call_groupnorm(entry: Entry, state: torch.Tensor) -> None:
         groupnorm.groupnorm_second_fwd(x, x if values["BESIDE"] else None, x, held(x, *flags))
         return
     maps, products, outs = [], [], []
-    for pixels, channels, groups, _, shift, gain, *flags in values["CONSTANTS"]:
+    for pixels, channels, groups, _, _, shift, gain, *flags in values["CONSTANTS"]:
         x = map_of(pixels, channels)
         if kernel == "groupnorm":
             more, relu, statistics, epsilon, *_, apart = flags

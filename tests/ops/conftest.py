@@ -7,6 +7,7 @@ import pytest
 from tests.memcheck import checked
 from triton_deq.backend import interpreting
 from triton_deq.ops import products
+from triton_deq.ops.launch import cut_for
 
 
 @pytest.fixture(autouse=True)
@@ -29,5 +30,5 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int
         return chosen[-1]
 
     monkeypatch.setattr(products, "_tile", watched)
-    with products.cut_for(1):
+    with cut_for(1):
         yield chosen

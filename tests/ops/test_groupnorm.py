@@ -66,13 +66,82 @@ def test_kernels_take_the_place_of_a_map_that_is_spare(device):
         assert (value.data_ptr() == place.data_ptr()) == (kind == "dense")
 
 
+def small_tiles(monkeypatch):
+    """Several of them to a program's part."""
+    for name, size in (("WHOLE", 32), ("TILE", 32), ("SECOND_TILE", 16)):
+        monkeypatch.setattr(op, name, size)
+
+
 @kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_groups_larger_than_a_tile(dtype, monkeypatch, device):
-    monkeypatch.setattr(op, "TILE", 32)
-    monkeypatch.setattr(op, "SECOND_TILE", 16)
+    small_tiles(monkeypatch)
     rows = list(check_groupnorm(Case(getattr(torch, dtype), (2, 150), torch.device(device), 2)))
     assert all(row.passed for row in rows), rows
+
+
+@kernels
+@pytest.mark.parametrize(("dtype", "several"), [("float32", False), ("float16", False), ("bfloat16", True)])
+def test_several_groups_of_a_program(dtype, several, monkeypatch, device):
+    """Of 2 channels, or of 1, in one tile or in several; where only one multiprocessor wants a program."""
+    if several:
+        small_tiles(monkeypatch)
+    with launches.cut_for(1):
+        for entries in (450, 150):
+            rows = list(check_groupnorm(Case(getattr(torch, dtype), (4, entries), torch.device(device), 2)))
+            assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "groups", "samples", "packed"),
+    [
+        (4, torch.bfloat16, 8, 96, 4),  # 32 bytes, and 192 programs
+        (4, torch.bfloat16, 8, 64, 2),  # 4 groups each would leave 4 of 132 multiprocessors without a program
+        (4, torch.bfloat16, 8, 32, 1),
+        (4, torch.float32, 8, 96, 2),
+        (8, torch.float32, 8, 96, 1),
+        (20, torch.bfloat16, 8, 96, 1),
+        (6, torch.bfloat16, 8, 96, 1),
+        (4, torch.bfloat16, 6, 96, 2),
+    ],
+)
+def test_a_program_has_groups_enough_to_fill_a_sector(width, dtype, groups, samples, packed):
+    shape = torch.Size((samples, width * groups, 32, 32))
+    tiles = op._tiles(shape, dtype, groups, op.TILE, op.WHOLE, 132)
+    assert tiles.sizes == (1024, width * groups, groups, packed)
+    assert tiles.programs * packed == groups
+
+
+@pytest.mark.parametrize(
+    ("pixels", "width", "dtype", "tile", "warps"),
+    [
+        (64, 16, torch.bfloat16, (64, 16), 2),
+        (1024, 4, torch.bfloat16, (1024, 4), 8),
+        (3136, 4, torch.float32, (4096, 4), 16),
+        (784, 20, torch.float32, (128, 32), 8),  # more than a program holds
+        (3136, 4, torch.float64, (1024, 4), 8),
+    ],
+)
+def test_a_part_that_a_program_can_hold_is_one_tile(pixels, width, dtype, tile, warps):
+    found = op._tiles(torch.Size((2, 8 * width, pixels, 1)), dtype, 8, op.TILE, op.WHOLE, 132)
+    assert (found.tile[1:], found.warps) == (tile, warps)
+
+
+@kernels
+def test_programs_of_many_warps_share_no_launch_with_those_of_few(device, monkeypatch):
+    sizes = [(1, 4, 32, 32), (1, 4, 128, 64), (1, 4, 4, 4), (1, 4, 128, 65)]
+    given = [maps(*size, dtype=torch.float32, device=device) for size in sizes]
+    warps, real = [], op.launch
+
+    def launch(kernel, grid, *args, **constants):
+        warps.append((constants["num_warps"], len(constants["CONSTANTS"])))
+        return real(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(op, "launch", launch)
+    found = op.groupnorm_each([op.Map(x, 2) for x in given], "triton")
+    assert warps == [(launches.most_warps(), 1), (8, 3)]
+    for x, (value, _) in zip(given, found, strict=True):
+        torch.testing.assert_close(value, group_norm(x, 2))
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -174,7 +243,7 @@ def test_the_value_alone_is_that_with_statistics(monkeypatch, device):
 
     def launch(kernel, *args, **constants):
         if kernel.fn.__name__ == "groupnorm_kernel":
-            asked.append(constants["CONSTANTS"][0][8])
+            asked.append(constants["CONSTANTS"][0][9])
         return real(kernel, *args, **constants)
 
     monkeypatch.setattr(op, "launch", launch)

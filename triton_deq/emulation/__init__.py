@@ -17,8 +17,9 @@ What it does not see: what NVIDIA's assembler makes of the PTX, instructions of 
 from typing import Any
 
 from .memory import Fault
+from .traffic import Traffic, counted
 
-__all__ = ["Fault", "install", "prepare"]
+__all__ = ["Fault", "Traffic", "counted", "install", "prepare"]
 
 
 def install() -> None:

@@ -14,6 +14,7 @@ from triton.runtime import driver
 from ..backend import emulation_seed, emulation_target
 from .memory import Memory
 from .program import Program
+from .traffic import of_launch
 
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448}
 """The GPUs that can be emulated, and how many bytes of shared memory a program may have there."""
@@ -45,7 +46,7 @@ class Launcher:
 
     def __init__(self, source: Any, metadata: Any):
         self._signature = tuple(source.signature.values())
-        self._shared, self._warps = metadata.shared, metadata.num_warps
+        self._name, self._shared, self._warps = metadata.name, metadata.shared, metadata.num_warps
 
     def __call__(self, x: int, y: int, z: int, stream: int, program: Program, *rest: Any) -> None:
         arguments = rest[4:]  # behind metadata and hooks
@@ -60,7 +61,9 @@ class Launcher:
             )
         Launcher.launched += 1
         seed = emulation_seed() << 32 | Launcher.launched
-        program.run((x, y, z), values, self._shared, self._warps, Memory.of_tensors(tensors), seed)
+        with of_launch(self._name) as traffic:
+            memory = Memory.of_tensors(tensors, traffic)
+            program.run((x, y, z), values, self._shared, self._warps, memory, seed, traffic)
 
 
 def _flat(signature: Any, arguments: Any) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import Array
+from .traffic import Traffic
 
 FIRST = 4096
 """Nothing lies below, and NumPy takes no array at address 0."""
@@ -17,16 +18,19 @@ class Fault(Exception):
 
 
 class Memory:
-    """Bytes by address. spans: from where to where there are any."""
+    """Bytes by address. spans: from where to where there are any. traffic: counts the accesses, if given."""
 
-    def __init__(self, raw: Array, first: int, spans: Iterable[tuple[int, int]]):
+    def __init__(
+        self, raw: Array, first: int, spans: Iterable[tuple[int, int]], traffic: Traffic | None = None
+    ):
+        self._traffic = traffic
         self._first = first
         self._views = {size: raw[: len(raw) // size * size].view(f"u{size}") for size in (1, 2, 4, 8)}
         begins, ends = np.array(sorted(spans) or [(0, 0)], dtype=np.int64).T
         self._begins, self._ends = begins, ends
 
     @classmethod
-    def of_tensors(cls, tensors: Iterable[Any]) -> "Memory":
+    def of_tensors(cls, tensors: Iterable[Any], traffic: Traffic | None = None) -> "Memory":
         """That of this process, of which nothing else may be touched."""
         spans = set()
         for tensor in tensors:
@@ -34,7 +38,7 @@ class Memory:
             if storage.nbytes():
                 spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         whole = (ctypes.c_uint8 * ((1 << 47) - 2 * FIRST)).from_address(FIRST)
-        return cls(np.ctypeslib.as_array(whole), FIRST, spans)
+        return cls(np.ctypeslib.as_array(whole), FIRST, spans, traffic)
 
     def load(self, addresses: Array, size: int, count: int, lanes: Array | None, what: str) -> list[Array]:
         """`count` numbers of `size` bytes one after another, from each lane's address; of others zeros."""
@@ -76,7 +80,12 @@ class Memory:
             )
         if (wanted & (width - 1)).any():
             raise Fault(f"{what} is at an address that is no multiple of its {width} bytes")
+        if self._traffic is not None and len(wanted):
+            self._count(self._traffic, wanted, width)
         return (addresses - self._first) // size
+
+    def _count(self, traffic: Traffic, addresses: Array, width: int) -> None:
+        traffic.touch(addresses, width)
 
 
 class SharedMemory(Memory):
@@ -87,9 +96,9 @@ class SharedMemory(Memory):
     Triton 3.7.1 have no fence there, and GPUs of sm_90 were not seen to need one.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, traffic: Traffic | None = None):
         size = -(-size // 16) * 16
-        super().__init__(np.full(size, 0xFF, np.uint8), 0, [(0, size)])
+        super().__init__(np.full(size, 0xFF, np.uint8), 0, [(0, size)], traffic)
         self._stored = np.zeros(size, bool)
 
     def store(self, addresses: Array, size: int, values: list[Array], lanes: Array | None, what: str) -> None:
@@ -113,3 +122,7 @@ class SharedMemory(Memory):
                 f"{what} reads what threads have stored in shared memory, without a fence.proxy.async between"
             )
         return entries.reshape(addresses.shape)
+
+    def _count(self, traffic: Traffic, addresses: Array, width: int) -> None:
+        if len(addresses) <= 32:  # more are read by tensor cores, which have a way of their own
+            traffic.take_turns(addresses, width)

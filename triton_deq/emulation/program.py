@@ -11,6 +11,7 @@ import numpy as np
 from . import arithmetic, tensor_cores
 from .arithmetic import Array
 from .memory import Fault, Memory, SharedMemory
+from .traffic import Traffic
 from .translation import END, Translator
 from .warp import Warp
 
@@ -42,11 +43,18 @@ class Program:
         )
 
     def run(
-        self, grid: Sequence[int], values: Sequence[Any], shared: int, warps: int, memory: Memory, seed: int
+        self,
+        grid: Sequence[int],
+        values: Sequence[Any],
+        shared: int,
+        warps: int,
+        memory: Memory,
+        seed: int,
+        traffic: Traffic | None = None,
     ) -> None:
         """All programs of a grid, one after another in an order of the seed's.
 
-        values: of the parameters, NumPy scalars. shared: bytes of shared memory.
+        values: of the parameters, NumPy scalars. shared: bytes of shared memory. traffic: counts them.
 
         Raises:
             Fault: an access outside of the tensors or not aligned, a barrier that not all warps reach, lanes
@@ -59,7 +67,7 @@ class Program:
         chance.shuffle(places)
         with np.errstate(all="ignore"):
             for place in places:
-                own = SharedMemory(shared)
+                own = SharedMemory(shared, traffic)
                 held = [
                     Warp(number, place, tuple(grid), parameters, memory, own, chance)
                     for number in range(warps)

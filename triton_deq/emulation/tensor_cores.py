@@ -7,7 +7,7 @@ and `MEMBER` its place in it. Products and sums are exact here, then rounded onc
 
 import numpy as np
 
-from .arithmetic import Array, halves, unpacked
+from .arithmetic import Array, halves, joined, unpacked
 
 LANES = np.arange(32)
 GROUP, MEMBER = LANES // 4, LANES % 4
@@ -71,15 +71,22 @@ def _entries(register: Array, kind: str) -> list[Array]:
     return list(np.moveaxis(entries_of(halves(register), kind), -1, 0))
 
 
-def matrix_addresses(addresses: Array, number: int, transposed: bool) -> list[Array]:
-    """Where a lane's two numbers of 16 bits are of matrix `number` of `ldmatrix`: eight rows of eight.
+def dealt(rows: Array) -> Array:
+    """Eight rows of four words, a matrix of `ldmatrix`, as a register of a warp."""
+    return rows[GROUP, MEMBER]
 
-    addresses: each lane's; those of rows come from lanes 8 · number on.
-    """
-    rows = addresses[8 * number : 8 * number + 8]
-    if transposed:
-        return [rows[2 * MEMBER + place] + (2 * GROUP).astype(rows.dtype) for place in (0, 1)]
-    return [rows[GROUP] + (4 * MEMBER + 2 * place).astype(rows.dtype) for place in (0, 1)]
+
+def gathered(register: Array) -> Array:
+    """The other way."""
+    rows = np.empty((8, 4), np.uint32)
+    rows[GROUP, MEMBER] = register
+    return rows
+
+
+def turned(rows: Array) -> Array:
+    """The transpose of eight rows of eight numbers of 16 bits, two in a word."""
+    numbers = halves(rows).reshape(8, 8).T
+    return joined(numbers[:, ::2], numbers[:, 1::2])
 
 
 def described_addresses(descriptor: int, rows: Array, k: int, size: int, along_k: bool) -> Array:

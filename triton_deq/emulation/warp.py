@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arithmetic import Array, halves
+from .arithmetic import Array
 from .memory import Fault, Memory, SharedMemory
-from .tensor_cores import LANES, matrix_addresses
+from .tensor_cores import LANES, dealt, gathered, turned
 from .warpgroup import Products, Registers
 
 
@@ -105,31 +105,25 @@ class Warp:
         return np.full(32, function.reduce(value), value.dtype)
 
     def load_matrices(self, addresses: Array, count: int, transposed: bool, what: str) -> list[Array]:
-        """The registers of `ldmatrix`, each with two numbers of 16 bits."""
+        """The registers of `ldmatrix`, each with two numbers of 16 bits of a matrix, whose rows are 16 bytes.
+
+        addresses: those of matrix i's rows come from lanes 8 i on.
+        """
         self.together(what)
-        self._aligned(addresses[: 8 * count], what)
         registers = []
         for number in range(count):
-            lower, upper = (
-                self.shared.load(each, 2, 1, None, what)[0].astype(np.uint32)
-                for each in matrix_addresses(addresses, number, transposed)
-            )
-            registers.append(lower | upper << np.uint32(16))
+            words = self.shared.load(addresses[8 * number : 8 * number + 8], 4, 4, None, what)
+            rows = np.stack(words, -1)
+            registers.append(dealt(turned(rows) if transposed else rows))
         return registers
 
     def store_matrices(self, addresses: Array, registers: list[Array], transposed: bool, what: str) -> None:
         """The other way, `stmatrix`."""
         self.together(what)
-        self._aligned(addresses[: 8 * len(registers)], what)
         for number, register in enumerate(registers):
-            places = matrix_addresses(addresses, number, transposed)
-            for place, half in zip(places, np.moveaxis(halves(register), -1, 0), strict=True):
-                self.shared.store(place, 2, [half], None, what)
-
-    @staticmethod
-    def _aligned(rows: Array, what: str) -> None:
-        if (rows % 16).any():
-            raise Fault(f"{what} has a row at an address that is no multiple of its 16 bytes")
+            rows = gathered(register)
+            words = list((turned(rows) if transposed else rows).T)
+            self.shared.store(addresses[8 * number : 8 * number + 8], 4, words, None, what)
 
     def add_to_memory(self, addresses: Array, values: Array, guard: Array | None, what: str) -> Array:
         """One lane after another; what was there before each."""

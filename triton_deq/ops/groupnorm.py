@@ -26,15 +26,21 @@ from .launch import (
     kernels_serve,
     laid,
     launch,
+    most_warps,
     next_power_of_2,
+    processors,
     sample_stride,
     shared,
     wide_dtype,
 )
 
+WHOLE = 16384
+"""Entries of 32 bits that a program of 16 warps can hold, so that it reads its part once."""
 TILE = 4096
-"""Entries of a group that a program holds at once, and of each of five sums in the second derivatives."""
+"""Those that it holds at once of a larger part, and of each of five sums in the second derivatives."""
 SECOND_TILE = 2048
+SECTOR = 32
+"""Bytes that a GPU's L2 cache gives or takes at least."""
 
 
 class Map(NamedTuple):
@@ -296,7 +302,7 @@ def _forward(given: Map, statistics: bool) -> Part:
         *(sample_stride(x if each is None else each) for each in (x, shift, residual, value)),
     )
     there = (each is not None for each in (mask, shift, gain, residual))
-    tiles = _tiles(x.shape, x.dtype, groups, TILE)
+    tiles = _tiles(x.shape, x.dtype, groups, TILE, WHOLE, processors(x.device))
     constants = (*tiles.sizes, *there, relu, statistics, float(epsilon), *tiles.tile, apart)
     return Part(operands, constants, tiles.programs, tiles.warps, (value, mean, inverse))
 
@@ -328,7 +334,7 @@ def _backward(vector: Tensor, held: Normalised, parameters: bool, out: Tensor | 
         *(sample_stride(x if each is None else each) for each in (vector, x, shift, value, of_x)),
     )
     there = (each is not None for each in (mask, shift, gain, value, mask))  # SUM for a mask, too
-    tiles = _tiles(x.shape, x.dtype, mean.shape[1], TILE)
+    tiles = _tiles(x.shape, x.dtype, mean.shape[1], TILE, WHOLE, processors(x.device))
     constants = (*tiles.sizes, *there, masked, parameters, *tiles.tile, apart)
     gradients = Gradients(of_x, of_sum, v, None, None)
     return Part(operands, constants, tiles.programs, tiles.warps, (gradients, sums))
@@ -342,7 +348,7 @@ def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, h
     of_x, of_vector = fresh(x), fresh(vector)
     of_sum = of_x if mask is None else fresh(x)
     sums = mean if gain is None else mean.new_empty(len(x), x.shape[1])
-    tiles = _tiles(x.shape, x.dtype, mean.shape[1], SECOND_TILE)
+    tiles = _tiles(x.shape, x.dtype, mean.shape[1], SECOND_TILE, SECOND_TILE, processors(x.device))
     launch(
         _kernels().groupnorm_second_kernel,
         (len(x) * tiles.programs,),
@@ -367,7 +373,7 @@ def groupnorm_second_fwd(along: Tensor, beside: Tensor | None, vector: Tensor, h
         GAIN=gain is not None,
         RELU=value is not None,
         SUM=mask is not None,
-        **dict(zip(("P", "C", "G"), tiles.sizes, strict=True)),
+        **dict(zip(("P", "C", "G", "PACKED"), tiles.sizes, strict=True)),
         **dict(zip(("WIDE", "ROWS", "BLOCK"), tiles.tile, strict=True)),
         num_warps=tiles.warps,
     )
@@ -511,26 +517,50 @@ def _gradients(value: Tensor, given: tuple[Any, ...], vector: Tensor | None) -> 
 
 
 class Tiles(NamedTuple):
-    """A program a group, which it reads in tiles: sizes are P, C and G, tile is WIDE, ROWS and BLOCK."""
+    """How a map is shared out: sizes are P, C, G and PACKED, tile is WIDE, ROWS and BLOCK.
 
-    sizes: tuple[int, int, int]
+    A program has PACKED groups of a sample, of which there are `programs` parts, and reads them in tiles.
+    """
+
+    sizes: tuple[int, int, int, int]
     tile: tuple[Any, int, int]
     programs: int
     warps: int
 
 
 @lru_cache(maxsize=1024)
-def _tiles(shape: torch.Size, dtype: torch.dtype, groups: int, most: int) -> Tiles:
-    """Tiles of `most` entries."""
-    channels, height, width = shape[1:]
-    block = next_power_of_2(channels // groups)
-    rows = min(max(most // block, 1), next_power_of_2(height * width))
+def _tiles(
+    shape: torch.Size, dtype: torch.dtype, groups: int, most: int, whole: int, processors: int
+) -> Tiles:
+    """Tiles of `most` entries, or the part in one if it has no more than `whole`."""
+    samples, channels, height, width = shape
+    packed = _packed(channels // groups, dtype.itemsize, groups, samples, processors)
+    block, rows = next_power_of_2(channels // groups * packed), next_power_of_2(height * width)
+    if rows * block > (most if dtype == torch.float64 else whole):
+        rows = min(max(most // block, 1), rows)
     return Tiles(
-        sizes=(height * width, channels, groups),
+        sizes=(height * width, channels, groups, packed),
         tile=(wide_dtype(dtype), rows, block),
-        programs=groups,
-        warps=min(max(rows * block // 512, 1), 8),
+        programs=groups // packed,
+        warps=min(max(rows * block // 512, 1), most_warps()),
     )
+
+
+def _packed(width: int, size: int, groups: int, samples: int, processors: int) -> int:
+    """How many groups, each of `width` channels of `size` bytes, a program has.
+
+    Fewer channels than fill a sector of the L2 cache are read as many times as groups share one. But all
+    multiprocessors shall have a program.
+    """
+    packed = 1
+    while (
+        width & (width - 1) == 0  # others leave gaps in a tile
+        and width * size * packed < SECTOR
+        and groups % (2 * packed) == 0
+        and samples * groups >= 2 * packed * processors
+    ):
+        packed *= 2
+    return packed
 
 
 def _check(given: Map) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ MAX_PARTS = 256
 MAX_BLOCK = 2048
 SHARING = 4
 """How many maps share a launch at most: its code grows with each of them."""
+FEW_WARPS = 8
+"""Of a program that leaves room for others on its multiprocessor."""
 
 
 _known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
@@ -85,14 +87,16 @@ def shared(
 ) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
     """The launches for all parts, at most so many in each: grid, arguments and constants.
 
-    The largest first and those of about one size together, so that few wait for one that is much larger.
+    The largest first and those of about one size together, so that few wait for one that is much larger. And
+    programs of more than `FEW_WARPS` by themselves: they fill a multiprocessor, on which several others fit.
 
     samples: how many each part is of, an argument of the kernel; None where a part has none. It is a number
     by itself since Triton compiles anew for other numbers in a tuple, whatever `do_not_specialize` says.
     """
     ordered = sorted(parts, key=lambda part: -part.operands[0].numel())
-    for start in range(0, len(parts), most):
-        chosen = ordered[start : start + most]
+    many = [part for part in ordered if part.warps > FEW_WARPS]
+    few = [part for part in ordered if part.warps <= FEW_WARPS]
+    for chosen in [kind[start : start + most] for kind in (many, few) for start in range(0, len(kind), most)]:
         programs = tuple(part.programs for part in chosen)
         constants = {
             "PROGRAMS": programs,
@@ -255,9 +259,30 @@ def in_few_waves(x: Tensor, most: int, resident: int, programs: int = PROGRAMS) 
     return partition(batch, entries, most, max(wave, min(programs, blocks // WORTHWHILE_BLOCKS)))
 
 
-@cache
+_multiprocessors: int | None = None
+
+
+@contextmanager
+def cut_for(multiprocessors: int | None) -> Iterator[None]:
+    """While entered, work is cut as for a GPU of so many; None: for the device's.
+
+    Of one, each program has as much as it would have of a large problem on others: so checks reach that.
+    """
+    global _multiprocessors  # not a context variable, as a backward pass has a thread of its own
+    before, _multiprocessors = _multiprocessors, multiprocessors
+    try:
+        yield
+    finally:
+        _multiprocessors = before
+
+
 def processors(device: torch.device) -> int:
-    """How many multiprocessors it has; of what is no GPU, as many as a large one."""
+    """How many multiprocessors work is cut for: those of a GPU; elsewhere as many as a large one has."""
+    return _multiprocessors or _processors_of(device)
+
+
+@cache
+def _processors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

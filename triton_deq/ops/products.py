@@ -1,8 +1,6 @@
 """How a matrix product whose tiles a kernel finishes in its own way is cut into programs."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,22 +9,6 @@ from .launch import at_most, next_power_of_2, precision, processors
 
 SIZES = (128, 128), (128, 64), (64, 64), (32, 64)
 """Rows and columns of a program's tile, the largest first."""
-
-_multiprocessors: int | None = None
-
-
-@contextmanager
-def cut_for(multiprocessors: int | None) -> Iterator[None]:
-    """While entered, products are cut as for a GPU of so many; None: for the device's.
-
-    For one, whose tiles are the largest, as on others only those of large products are: so checks reach them.
-    """
-    global _multiprocessors  # not a context variable, as a backward pass has a thread of its own
-    before, _multiprocessors = _multiprocessors, multiprocessors
-    try:
-        yield
-    finally:
-        _multiprocessors = before
 
 
 def tiles(
@@ -54,8 +36,7 @@ def tiles(
         block_k = 32 if block_n * like.dtype.itemsize <= 1024 else 16
     else:
         bounds = (most, 128) if narrow else (64, 64)
-        busy = processors(like.device) if _multiprocessors is None else _multiprocessors
-        block_b, block_n = _tile(rows, columns, *bounds, busy)
+        block_b, block_n = _tile(rows, columns, *bounds, processors(like.device))
         block_k = 64 if narrow else 16 if like.dtype == torch.float64 else 32
     grid = (-(-rows // block_b) * -(-columns // block_n),)
     constants = {

@@ -70,12 +70,12 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
 }
 
 
-PRODUCTS = ("mlp", "mlp_probe", "feedforward")
-"""Checks of matrix products, whose tiles grow with what a multiprocessor has to do."""
+CUT = ("mlp", "mlp_probe", "feedforward", "groupnorm")
+"""Checks of what is cut into larger pieces where a multiprocessor has more to do."""
 
 
 def cases(seed: int, quick: bool, dtypes: list[str]) -> Iterator[Case]:
-    """The fixed shapes, of which `quick` takes one, and one more in the largest tiles, for `PRODUCTS`."""
+    """The fixed shapes, of which `quick` takes one, and one in the largest pieces, for those of `CUT`."""
     for dtype in dtypes:
         for shape in SHAPES[1:2] if quick else SHAPES:
             yield Case(getattr(torch, dtype), shape, _device(), seed)
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         chosen = random_cases(arguments.seeds, arguments.seed, dtypes)
 
-    from ..ops.products import cut_for
+    from ..ops.launch import cut_for
 
     began = time.perf_counter()
     rows: list[Row] = []
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for case in chosen:
         for name in arguments.kernel or CHECKS:
-            if case.shape == LARGE and name not in PRODUCTS:
+            if case.shape == LARGE and name not in CUT:
                 continue
             with cut_for(case.multiprocessors):
                 found = list(CHECKS[name](case))

@@ -50,8 +50,8 @@ class Row:
 class Case:
     """What a check runs on.
 
-    layout: how the inputs `[B, N]` lie in memory, one of `LAYOUTS`. multiprocessors: of the GPU that products
-    are cut for; None for this one.
+    layout: how the inputs `[B, N]` lie in memory, one of `LAYOUTS`. multiprocessors: of the GPU that work is
+    cut for; None for this one.
     """
 
     dtype: torch.dtype

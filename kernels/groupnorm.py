@@ -343,14 +343,18 @@ def pull(
         v, n = pulled(maps, scale, mean, inverse, start, part, TILE, MASK, SHIFT, RELU)
         of_v += v
         of_vn += v * n
-    sum_v, sum_vn = tl.sum(of_v, axis=0), tl.sum(of_vn, axis=0)
+    if PARAMETERS or PACKED > 1:
+        sum_v, sum_vn = tl.sum(of_v, axis=0), tl.sum(of_vn, axis=0)
+        c = over_groups(gain * sum_v, PACKED) / N
+        d = over_groups(gain * sum_vn, PACKED) / N
+    else:
+        c = tl.sum(gain[None, :] * of_v) / N
+        d = tl.sum(gain[None, :] * of_vn) / N
     if PARAMETERS:
         lanes = tl.arange(0, BLOCK)
         place = sums_ptr + sample * 2 * C + part * WIDTH + lanes
         tl.store(place, sum_v, mask=lanes < WIDTH)
         tl.store(place + C, sum_vn, mask=lanes < WIDTH)
-    c = over_groups(gain * sum_v, PACKED) / N
-    d = over_groups(gain * sum_vn, PACKED) / N
 
     for start in range(0, P, ROWS):
         offsets, inside = tile_at(start, part, TILE)

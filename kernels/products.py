@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
+from triton.language.target_info import cuda_capability_geq, is_hip
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def product(
     N,
     K,
     SCALED: tl.constexpr,
+    ALONG_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TF32: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -57,17 +58,37 @@ def product(
 
     rows, scale_rows: numbers of rows, counted from where the pointers point.
     matrix: entry (depth k, column n) of M lies at k · depth_stride + n · column_stride; M is [K, N].
+    ALONG_COLUMNS: whether entries along a row of M are neighbours, not those along a column.
     """
-    total = tl.zeros([rows.shape[0], columns.shape[0]], dtype=WIDE)
+    # Tensor cores that read the right operand from shared memory want float32 along the depth. What lies
+    # along columns would be turned on its way there, against the order of the banks: so it becomes the left
+    # operand, of the transpose.
+    LEFT: tl.constexpr = ALONG_COLUMNS and tl.float32 == OPERAND and cuda_capability_geq(9, 0)
+    if LEFT:
+        total = tl.zeros([columns.shape[0], rows.shape[0]], dtype=WIDE)
+    else:
+        total = tl.zeros([rows.shape[0], columns.shape[0]], dtype=WIDE)
     for start in range(0, K, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)
         within = depth < K
-        inside = present[:, None] & within[None, :]
-        a = tl.load(rows_ptr + rows[:, None] * K + depth[None, :], mask=inside, other=0)
-        if SCALED:
-            scale = tl.load(scale_ptr + scale_rows[:, None] * K + depth[None, :], mask=inside, other=0)
-            a = a.to(WIDE) * scale.to(WIDE)
-        entries = depth[:, None] * depth_stride + columns[None, :] * column_stride
-        b = tl.load(matrix_ptr + entries, mask=within[:, None] & (columns < N)[None, :], other=0)
-        total = dot(a, b, total, TF32, OPERAND, WIDE)
+        if LEFT:
+            inside = within[:, None] & present[None, :]
+            a = tl.load(rows_ptr + rows[None, :] * K + depth[:, None], mask=inside, other=0)
+            if SCALED:
+                scale = tl.load(scale_ptr + scale_rows[None, :] * K + depth[:, None], mask=inside, other=0)
+                a = a.to(WIDE) * scale.to(WIDE)
+            entries = depth[None, :] * depth_stride + columns[:, None] * column_stride
+            b = tl.load(matrix_ptr + entries, mask=within[None, :] & (columns < N)[:, None], other=0)
+            total = dot(b, a, total, TF32, OPERAND, WIDE)
+        else:
+            inside = present[:, None] & within[None, :]
+            a = tl.load(rows_ptr + rows[:, None] * K + depth[None, :], mask=inside, other=0)
+            if SCALED:
+                scale = tl.load(scale_ptr + scale_rows[:, None] * K + depth[None, :], mask=inside, other=0)
+                a = a.to(WIDE) * scale.to(WIDE)
+            entries = depth[:, None] * depth_stride + columns[None, :] * column_stride
+            b = tl.load(matrix_ptr + entries, mask=within[:, None] & (columns < N)[None, :], other=0)
+            total = dot(a, b, total, TF32, OPERAND, WIDE)
+    if LEFT:
+        total = tl.trans(total)
     return total

@@ -108,3 +108,30 @@ def test_what_kernels_touch(tmp_path):
     ]
     assert all(share < 1.15 for _, _, share in found[:4]), found
     assert all(share > 3.5 for _, _, share in found[4:]), found
+
+
+PRODUCTS = """
+import torch
+from triton_deq import emulation
+from triton_deq.ops.launch import cut_for
+from triton_deq.verification import Case, check_feedforward
+
+with emulation.counted() as traffic, cut_for(1):
+    rows = list(check_feedforward(Case(torch.float32, (64, 96), torch.device("cpu"), 1)))
+assert all(row.passed for row in rows), rows
+for name, counted in traffic.items():
+    print(name, counted.turns / counted.least_turns)
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+def test_products_in_float32_meet_no_other_in_a_bank(target, tmp_path):
+    """The matrix along its depth, and, in the gradient, along its columns."""
+    (tmp_path / "products.py").write_text(PRODUCTS)
+    done = in_a_process(
+        str(tmp_path / "products.py"), TRITON_DEQ_EMULATE="1", TRITON_DEQ_EMULATE_TARGET=target
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert found.keys() == {"feedforward_kernel", "feedforward_vjp_kernel"}
+    assert all(float(share) < 1.1 for share in found.values()), found

@@ -19,8 +19,6 @@ from .traffic import of_launch
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448}
 """The GPUs that can be emulated, and how many bytes of shared memory a program may have there."""
 
-NAME = "emulated"
-
 
 class Compiler(CUDABackend):
     """NVIDIA's, without the assembler."""
@@ -29,9 +27,8 @@ class Compiler(CUDABackend):
         super().__init__(target)
         self.binary_ext = "ptx"
 
-    @staticmethod
-    def supports_target(target: GPUTarget) -> bool:
-        return bool(target.backend == NAME)
+    def hash(self) -> str:
+        return f"emulated {super().hash()}"  # in Triton's cache a GPU's kernels are others
 
     def add_stages(self, stages: dict[str, Any], options: Any, language: Any = None) -> None:
         super().add_stages(stages, options, language)
@@ -119,7 +116,7 @@ class Driver(DriverBase):
         raise NotImplementedError("an emulated launch compiles nothing")
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget(NAME, int(emulation_target().removeprefix("sm_")), 32)
+        return GPUTarget("cuda", int(emulation_target().removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -139,5 +136,7 @@ class Driver(DriverBase):
 @cache
 def install() -> None:
     """Make it the driver that Triton uses in this process."""
-    backends[NAME] = Backend(Compiler, Driver)
+    backends["nvidia"] = Backend(
+        Compiler, Driver
+    )  # in whose place, as kernels may ask for what they are compiled
     driver.set_active(Driver())

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from triton_deq import backend
+from triton_deq import backend, cli
 from triton_deq.ops import norm
 
 
@@ -117,6 +117,16 @@ def test_settings_that_cannot_be(settings, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         backend.emulation_seed()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("TRITON_DEQ_EMULATE", "yes"), ("TRITON_DEQ_EMULATE_TARGET", "sm_70")]
+)
+def test_the_command_names_what_cannot_be(name, value, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv(name, value)
+    assert cli.main(["verify", "--quick", "--kernel", "probe"]) == 2
+    assert f"triton-deq verify: {name} is '{value}': give" in capsys.readouterr().err
 
 
 def test_a_target_that_cannot_be(monkeypatch):

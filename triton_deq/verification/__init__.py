@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..backend import EMULATED, emulation_seed
+from ..backend import EMULATED, emulation_seed, emulation_target
 from ..checks import parse_count, parse_rows_file
 from .attention import check_attention
 from .case import BOUNDS, LARGE, LAYOUTS, SHAPES, Case, Row
@@ -127,14 +127,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the checks, print a row each, return 1 if one is over its bound."""
+    """Run the checks, print a row each, return 1 if one is over its bound, 2 where none can run."""
     # Read when the kernels are first imported, which is below.
     if arguments.target is not None:
         os.environ["TRITON_DEQ_EMULATE_TARGET"] = arguments.target
     if arguments.emulate is not None or arguments.target is not None:
-        os.environ["TRITON_DEQ_EMULATE"] = str(arguments.emulate or emulation_seed() or 1)
         os.environ.pop("TRITON_INTERPRET", None)
-    elif not torch.cuda.is_available() and not emulation_seed():
+    try:
+        seed = arguments.emulate or emulation_seed() or int(arguments.target is not None)
+        emulation_target()
+    except ValueError as error:  # of a variable of the environment
+        print(f"triton-deq verify: {error}", file=sys.stderr)
+        return 2
+    if seed:
+        os.environ["TRITON_DEQ_EMULATE"] = str(seed)
+    elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     dtypes = arguments.dtype or list(BOUNDS)
     if arguments.quick and not arguments.dtype:

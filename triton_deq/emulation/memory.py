@@ -44,7 +44,7 @@ class Memory:
         """`count` numbers of `size` bytes one after another, from each lane's address; of others zeros."""
         if lanes is not None and not lanes.any():
             return [np.zeros(len(addresses), f"u{size}")] * count
-        places = self._places(addresses, size, count, lanes, what)
+        places = self._visited(addresses, size, count, lanes, what)
         if lanes is None:
             return [self._views[size][places + i] for i in range(count)]
         places = np.where(lanes, places, places[lanes][0])
@@ -53,7 +53,7 @@ class Memory:
     def store(self, addresses: Array, size: int, values: list[Array], lanes: Array | None, what: str) -> None:
         if lanes is not None and not lanes.any():
             return
-        places = self._places(addresses, size, len(values), lanes, what)
+        places = self._visited(addresses, size, len(values), lanes, what)
         for i, value in enumerate(values):
             if lanes is None:
                 self._views[size][places + i] = value
@@ -62,10 +62,17 @@ class Memory:
 
     def add(self, address: int, value: int, what: str) -> int:
         """Add to one number of 32 bits, and give what was there."""
-        (place,) = self._places(np.array([address]), 4, 1, None, what)
+        (place,) = self._visited(np.array([address]), 4, 1, None, what)
         before = int(self._views[4][place])
         self._views[4][place] = (before + value) & 0xFFFFFFFF
         return before
+
+    def _visited(self, addresses: Array, size: int, count: int, lanes: Array | None, what: str) -> Array:
+        """`_places` of an access that counts."""
+        places = self._places(addresses, size, count, lanes, what)
+        if self._traffic is not None:
+            self._count(self._traffic, addresses if lanes is None else addresses[lanes], size * count)
+        return places
 
     def _places(self, addresses: Array, size: int, count: int, lanes: Array | None, what: str) -> Array:
         """The addresses as indices, if all of these bytes are there and lie as they must."""
@@ -80,8 +87,6 @@ class Memory:
             )
         if (wanted & (width - 1)).any():
             raise Fault(f"{what} is at an address that is no multiple of its {width} bytes")
-        if self._traffic is not None and len(wanted):
-            self._count(self._traffic, wanted, width)
         return (addresses - self._first) // size
 
     def _count(self, traffic: Traffic, addresses: Array, width: int) -> None:
@@ -115,8 +120,8 @@ class SharedMemory(Memory):
         self._stored[:] = False
 
     def load_matrix(self, addresses: Array, size: int, what: str) -> Array:
-        """Entries of `size` bytes, by tensor cores."""
-        (entries,) = self.load(addresses.ravel(), size, 1, None, what)
+        """Entries of `size` bytes, by tensor cores, which have a way of their own to the banks."""
+        entries = self._views[size][self._places(addresses.ravel(), size, 1, None, what)]
         if self._stored[addresses].any():
             raise Fault(
                 f"{what} reads what threads have stored in shared memory, without a fence.proxy.async between"
@@ -124,5 +129,4 @@ class SharedMemory(Memory):
         return entries.reshape(addresses.shape)
 
     def _count(self, traffic: Traffic, addresses: Array, width: int) -> None:
-        if len(addresses) <= 32:  # more are read by tensor cores, which have a way of their own
-            traffic.take_turns(addresses, width)
+        traffic.take_turns(addresses, width)

@@ -80,10 +80,12 @@ def _plan() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Choice]]]:
     for op in ("norm", "norm_vjp"):
         for width in ((2100, 700), (16384, 1024)):
             yield op, half, width, _tile_choices(rows)
+    for dtype, size in ((half, (32, 56, 32)), (full, (96, 32, 32))):
+        for op in ("groupnorm", "groupnorm_vjp"):
+            yield op, dtype, size, _part_choices(size[2])
     for size in ((32, 56, 160), (96, 32, 32), (96, 8, 128)):
         for op in ("groupnorm", "groupnorm_vjp"):
-            tiles = [(2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 8), (8192, 16)]
-            yield op, half, size, _tile_choices(tiles)
+            yield op, half, size, _part_choices(size[2])
         for op in ("fusion", "fusion_vjp"):
             yield op, half, size, _tile_choices([(1024, 2), (1024, 4), (2048, 8), (4096, 4), (4096, 8)])
     for size in ((96, 32, 32), (32, 56, 32)):
@@ -134,6 +136,21 @@ def _tile_choices(sizes: list[tuple[int, int]]) -> list[Choice]:
         Choice(f"tile={tile} num_warps={warps}", {"num_warps": warps}, {"TILE": tile})
         for tile, warps in sizes
     ]
+
+
+def _part_choices(channels: int) -> list[Choice]:
+    """Of GroupNorm: groups a program, the largest part that is one tile, the tiles of others, and warps."""
+    from triton_deq.ops import groupnorm
+
+    def choice(packed: int, whole: int, tile: int, warps: int) -> Choice:
+        # Not the cached one, which knows nothing of the choice.
+        tiles = {"_packed": lambda *_: packed, "_tiles": groupnorm._tiles.__wrapped__}
+        name = f"packed={packed} whole={whole} tile={tile} num_warps={warps}"
+        return Choice(name, {"num_warps": warps}, {**tiles, "WHOLE": whole, "TILE": tile})
+
+    sizes = [(4096, 2048, 8), (4096, 4096, 8), (16384, 4096, 16)]
+    several = (1, 2, 4) if channels & (channels - 1) == 0 else (1,)  # in whose groups a tile has gaps
+    return [choice(packed, *each) for packed in several for each in sizes]
 
 
 def _attention_choices(dtype: torch.dtype) -> list[Choice]:

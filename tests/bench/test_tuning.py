@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.groups import tuning
-from triton_deq.ops import feedforward, mlp_probe
+from triton_deq.ops import feedforward, groupnorm, mlp_probe
 from triton_deq.reference.activations import ACTIVATIONS
 
 
@@ -41,6 +41,21 @@ def test_the_estimate_may_be_cut_as_its_choices_say(dtype, device):
         with tuning._chosen("mlp_probe", choice):
             found = mlp_probe.mlp_probe_fwd(*arguments)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.kernels
+def test_a_map_may_be_cut_as_its_choices_say(device):
+    x = torch.randn(2, 32, 24, 24, device=device).contiguous(memory_format=torch.channels_last)
+    gain, offset = torch.rand(2, 32, device=device)
+
+    def both():
+        ((value, held),) = groupnorm.groupnorm_each([groupnorm.Map(x, 8, gain, offset)], "triton")
+        return value, groupnorm.groupnorm_vjp(x, held, "triton")[0]
+
+    expected = both()
+    for choice in tuning._part_choices(32):
+        with tuning._chosen("groupnorm", choice):
+            torch.testing.assert_close(both(), expected)
 
 
 def test_each_tuned_op_has_a_module_that_launches_it():

@@ -63,6 +63,7 @@ def product(
     # Tensor cores that read the right operand from shared memory want float32 along the depth. What lies
     # along columns would be turned on its way there, against the order of the banks: so it becomes the left
     # operand, of the transpose.
+    # Written out twice: of one text for both, ptxas spills in the other branch on sm_80 and sm_100.
     LEFT: tl.constexpr = ALONG_COLUMNS and tl.float32 == OPERAND and cuda_capability_geq(9, 0)
     if LEFT:
         total = tl.zeros([columns.shape[0], rows.shape[0]], dtype=WIDE)

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from triton_deq import inspection
 from triton_deq.backend import interpreting
+from triton_deq.inspection import compiling
 from triton_deq.inspection.reading import (
     Access,
     accesses,
@@ -735,6 +738,22 @@ def test_amd_accesses():
 )
 def test_matrix_instructions(instruction):
     assert matrix_instructions(f"{instruction}\n wgmma.fence.sync.aligned;\n v_fma_f32 v0, v1, v2, v3\n") == 1
+
+
+@pytest.mark.parametrize(("target", "stages"), [("sm_100", 1), ("sm_90", 3)])
+def test_an_entry_is_compiled_as_it_is_launched_where_the_fence_is_missing(target, stages, monkeypatch):
+    given = {}
+
+    class Kernel:
+        @staticmethod
+        def warmup(**arguments):
+            given.update(arguments)
+
+    entry = SimpleNamespace(kernel=Kernel, arguments={}, options={"num_warps": 4, "num_stages": 3})
+    monkeypatch.setattr(triton, "__version__", "3.7.0")
+    monkeypatch.setattr("triton.runtime.driver.set_active", lambda _: None)
+    compiling._warm_up(entry, 0, TARGETS[target])
+    assert given["num_stages"] == stages
 
 
 @pytest.mark.parametrize(

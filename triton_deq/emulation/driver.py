@@ -135,8 +135,6 @@ class Driver(DriverBase):
 
 @cache
 def install() -> None:
-    """Make it the driver that Triton uses in this process."""
-    backends["nvidia"] = Backend(
-        Compiler, Driver
-    )  # in whose place, as kernels may ask for what they are compiled
+    """Make it the driver that Triton uses in this process, in NVIDIA's place, for which kernels may ask."""
+    backends["nvidia"] = Backend(Compiler, Driver)
     driver.set_active(Driver())

@@ -277,6 +277,40 @@ def test_without_gradients_nothing_is_recorded():
         assert not td.fixed_point(f, torch.zeros(2, 5, dtype=torch.float64), **TIGHT).requires_grad
 
 
+class Halved(torch.autograd.Function):
+    """Names no input but z: what else it might hand gradients to is its own affair."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z / 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+@pytest.mark.parametrize("double_backward", [False, True])
+def test_where_all_is_frozen_nothing_waits_for_a_backward_solve(double_backward):
+    gradient = td.ImplicitGradient(double_backward=double_backward)
+    f, weight, bias = tanh_map(2, 5)
+    start = torch.zeros(2, 5, dtype=torch.float64)
+    bias.requires_grad_(False)
+    assert td.fixed_point(f, start, gradient=gradient).requires_grad
+    weight.requires_grad_(False)
+    z, solution = td.fixed_point(f, start, gradient=gradient, return_solution=True, **TIGHT)
+    assert not z.requires_grad
+    assert (z - f(z)).abs().max() < 1e-9
+    head = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    (z @ head).sum().backward()
+    assert torch.equal(head.grad, z.sum(dim=0)) and solution.backward is None
+
+    encoder = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    x = torch.tanh(encoder * 0.3).expand(2, 5)
+    z = td.fixed_point(lambda z: f(z) + x, start, gradient=gradient)
+    assert torch.autograd.grad(z.sum(), encoder)[0].abs().min() > 0
+    assert td.fixed_point(lambda z: Halved.apply(f(z)), start, gradient=gradient).requires_grad
+
+
 @pytest.mark.parametrize(
     "gradient", [td.ImplicitGradient(), td.PhantomGradient(), td.UnrolledGradient()], ids=str
 )

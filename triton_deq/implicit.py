@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 
 from .backend import pushed_forward, transformed
 from .checks import check_choice, check_value
@@ -30,7 +31,8 @@ class ImplicitGradient:
 
     `dℓ/dθ = uᵀ ∂f/∂θ` at the fixed point, where `uᵀ = uᵀJ + ∂ℓ/∂z*` is itself a fixed point of one
     vector-Jacobian product (Bai et al., arXiv 1909.01377, theorem 1). The solve for u starts at ∂ℓ/∂z*
-    and its residual is relative, so the scale of the loss does not matter. z0 gets no gradient.
+    and its residual is relative, so the scale of the loss does not matter. z0 gets no gradient; where all
+    that f closes over is frozen, z* requires none and there is no backward solve.
     `Solution.backward` tells how that solve went.
 
     Attributes:
@@ -103,6 +105,8 @@ class ImplicitGradient:
         with on_capture_stream(at.device, bool(graph)):
             value, product = (f(at), None) if closed is None else closed(at)
         check_value(value, at)
+        if not _has_leaves_beside(at, value):
+            return solution.value, solution  # nothing to hand a gradient to
         estimate = None
         if isinstance(solver, Broyden) and self.shine is not None and state is not None:
             estimate = _Estimate(solver, state, Layout(at))
@@ -303,6 +307,22 @@ class _AdjointMap:
     @property
     def write(self) -> Any:
         return self._map.write
+
+
+def _has_leaves_beside(at: Tensor, value: Tensor) -> bool:
+    """Whether a gradient of `value = f(at)` may reach any tensor but `at`; mostly known after a few nodes."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of a node that has nothing before it
+        # A function written in Python may hand gradients to what it does not name as an input.
+        if isinstance(node, BackwardCFunction) or (leaf is not None and leaf is not at):
+            return True
+        nodes.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def _plus(product: Any, shift: Any) -> Any:

@@ -302,7 +302,8 @@ def test_where_all_is_frozen_nothing_waits_for_a_backward_solve(double_backward)
     assert (z - f(z)).abs().max() < 1e-9
     head = torch.ones(5, dtype=torch.float64, requires_grad=True)
     (z @ head).sum().backward()
-    assert torch.equal(head.grad, z.sum(dim=0)) and solution.backward is None
+    assert torch.equal(head.grad, z.sum(dim=0))
+    assert solution.backward is None
 
     encoder = torch.ones(5, dtype=torch.float64, requires_grad=True)
     x = torch.tanh(encoder * 0.3).expand(2, 5)

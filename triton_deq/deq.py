@@ -134,7 +134,8 @@ class DEQ(nn.Module):
             kinds of solve), in memory that holds a solver state each. Those of an `ImplicitGradient`'s
             backward solve are kept as well if the cell has `vjp`, which is asked once more for it, within a
             graph. A cell that reads tensors other than z, u, its parameters and buffers is captured anew for
-            each solve.
+            each solve. Inside torch.compile it is a loop, as in `solve`, of the backward solve too, each step
+            of which evaluates f once more.
         gradient: `ImplicitGradient()` by default.
         penalty: a `JacobianPenalty`, taken at the equilibrium while training.
         state_dtype: of the state and the solver's history in both solves; None for z0's. `torch.bfloat16`

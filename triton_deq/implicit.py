@@ -21,6 +21,7 @@ from .solvers.graph_keys import of_autocast
 from .solvers.layout import Layout
 from .solvers.loop import check_solver, solve_and_keep
 from .solvers.stopping import Stopping
+from .solvers.while_loop import check_donation, looped_solve, loops
 
 Function = Callable[[Tensor], Tensor]
 
@@ -57,7 +58,7 @@ class ImplicitGradient:
             derivative in forward mode is asked for around one in reverse mode, as by `torch.func.hessian`.
     """
 
-    solver: Solver = field(default_factory=Anderson)
+    solver: Solver = field(default_factory=lambda: Anderson())  # torch.compile calls no class here
     tol: float = 1e-4
     max_steps: int = 30
     throw: bool = False
@@ -143,12 +144,16 @@ class ImplicitGradient:
         value = f(at)
         check_value(value, at)
         if torch.compiler.is_compiling():
-            return _TracedImplicitFunction.apply(value, at, f, self), solution
+            looped = loops(options["graph"])
+            if looped and value.requires_grad:
+                check_donation()
+            layout = Layout(at) if looped else None
+            return _TracedImplicitFunction.apply(value, at, f, self, layout), solution
         if pushed_forward():
             value, tangent = forward_ad.unpack_dual(value)
             if tangent is not None:
                 return self._pushed(f, at, value, tangent), solution
-        return _TransformedImplicitFunction.apply(value, at, f, self), solution
+        return _TransformedImplicitFunction.apply(value, at, f, self, None), solution
 
     def _pushed(self, f: Function, at: Tensor, value: Tensor, tangent: Tensor) -> Tensor:
         """z* with its tangent `ż = J ż + (∂f/∂θ) θ̇`, of which the last term is that of f(z*)."""
@@ -311,7 +316,8 @@ class _AdjointMap:
 
 def _has_leaves_beside(at: Tensor, value: Tensor) -> bool:
     """Whether a gradient of `value = f(at)` may reach any tensor but `at`; mostly known after a few nodes."""
-    nodes, seen = [value.grad_fn], set()
+    nodes: list[Any] = [value.grad_fn]
+    seen = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -395,24 +401,31 @@ class _TracedImplicitFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, at: Tensor, f: Function, gradient: ImplicitGradient) -> Tensor:
+    def forward(
+        value: Tensor, at: Tensor, f: Function, gradient: ImplicitGradient, layout: Layout | None
+    ) -> Tensor:
         return at.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, at, ctx.f, ctx.gradient = inputs
+        _, at, ctx.f, ctx.gradient, ctx.layout = inputs
         ctx.save_for_backward(at)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         at = ctx.saved_tensors[0]
-        pullback = torch.func.vjp(ctx.f, at)[1]
-        gradient = ctx.gradient
+        f, gradient = ctx.f, ctx.gradient
         stopping = Stopping(gradient.tol, gradient.max_steps)
-        u, _ = functional_solve(
-            lambda u: pullback(u)[0] + grad, grad, gradient.solver, stopping, trace=False, looks=False
-        )
-        return u, None, None, None
+        if ctx.layout is not None:
+            # A loop cannot take up a product that was begun outside of it: f is evaluated in each step.
+            product = lambda u: torch.func.vjp(f, at)[1](u)[0] + grad  # noqa: E731
+            u = looped_solve(product, grad, gradient.solver, stopping, trace=False, layout=ctx.layout).value
+        else:
+            pullback = torch.func.vjp(f, at)[1]
+            u, _ = functional_solve(
+                lambda u: pullback(u)[0] + grad, grad, gradient.solver, stopping, trace=False, looks=False
+            )
+        return u, None, None, None, None
 
 
 class _TransformedImplicitFunction(_TracedImplicitFunction):
@@ -420,7 +433,7 @@ class _TransformedImplicitFunction(_TracedImplicitFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        value, at, ctx.f, ctx.gradient = inputs
+        value, at, ctx.f, ctx.gradient, ctx.layout = inputs
         ctx.save_for_backward(at, value)
 
     @staticmethod

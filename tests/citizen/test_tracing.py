@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config
 
 import triton_deq as td
 from tests.citizen.instances import MODULES
 from triton_deq.reference.record import Record
+from triton_deq.solvers import while_loop
 from triton_deq.solvers.functional import Progress, judge
+from triton_deq.solvers.graph_cache import GraphCache
 from triton_deq.solvers.stopping import Stopping
 
 STEPS = 6
@@ -46,9 +49,9 @@ def fixed_point(weight, x, solver, gradient, **options):
     )
 
 
-def slope(function, weight, *given):
+def slope(function, weight, *given, **options):
     weight = weight.clone().requires_grad_()
-    return torch.autograd.grad(function(weight, *given).square().sum(), weight)[0]
+    return torch.autograd.grad(function(weight, *given, **options).square().sum(), weight)[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
@@ -82,12 +85,89 @@ def test_a_training_step_is_one_graph(solver, gradient):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [lambda: None, lambda: td.ImplicitGradient(max_steps=2)])
+def test_what_is_not_given_is_made_within_the_graph(make):
+    weight, x = problem()
+    found = compiled(lambda x: fixed_point(weight, x, None, make()))(x)
+    torch.testing.assert_close(found, fixed_point(weight, x, None, make()), rtol=0, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_with_inductor():
     weight, x = problem()
     wanted = slope(fixed_point, weight, x, SOLVERS[0], GRADIENTS[0])
     found = slope(compiled(fixed_point, "inductor"), weight, x, SOLVERS[0], GRADIENTS[0])
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def undonated():
+    """As those set it whose torch compiles a backward pass with a loop wrongly otherwise."""
+    with config.patch(donated_buffer=False):
+        yield
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_a_solve_is_a_loop_that_ends(solver):
+    weight, x = problem()
+    x[1, 0] = torch.nan
+
+    def solve(x, **options):
+        f = lambda z: torch.tanh(z @ weight + x)  # noqa: E731
+        return td.solve(f, torch.zeros_like(x), solver, tol=1e-6, max_steps=30, trace=True, **options)
+
+    eager, looped = solve(x), compiled(solve)(x, graph=True)
+    torch.testing.assert_close(looped.value, eager.value, rtol=0, atol=1e-12)
+    torch.testing.assert_close(looped.residual, eager.residual, rtol=1e-6, atol=1e-12)
+    assert torch.equal(looped.steps, eager.steps)
+    assert torch.equal(looped.status, eager.status)
+    assert set(eager.status.tolist()) >= {td.Status.CONVERGED, td.Status.NONFINITE}
+    assert looped.path == "compiled loop"
+    assert looped.nfe == eager.nfe < 30
+    torch.testing.assert_close(looped.trace[: eager.nfe], eager.trace, rtol=1e-6, atol=1e-12)
+    assert looped.trace.shape == (30, 4)
+    assert torch.equal(looped.trace[-1], looped.trace[eager.nfe])
+
+
+def test_a_loop_that_ends_at_max_steps():
+    solve = lambda x: td.solve(torch.cos, x, td.Picard(), tol=0, max_steps=5, graph=True)  # noqa: E731
+    x = torch.rand(3, 2, 2)
+    kept = x.clone()
+    found = compiled(solve)(x)
+    assert found.nfe == 5
+    assert found.value.shape == x.shape
+    assert torch.equal(x, kept)
+    assert found.status.tolist() == [td.Status.MAX_STEPS] * 3
+    assert compiled(solve)(x[:0]).value.shape == (0, 2, 2)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("solver", "gradient"), [ALL[0], ALL[4]], ids=str)
+def test_a_training_step_with_loops(undonated, solver, gradient, backend):
+    weight, x = problem()
+    options = {"tol": 1e-9, "max_steps": 40}
+    if isinstance(gradient, td.ImplicitGradient):
+        gradient = replace(gradient, max_steps=40)
+
+    def looped(weight, x):
+        return fixed_point(weight, x, solver, gradient, graph=True, **options)
+
+    wanted = slope(fixed_point, weight, x, solver, replace(gradient), **options)
+    found = slope(compiled(looped, backend), weight, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
+
+
+def test_a_loop_does_not_give_wrong_gradients(monkeypatch):
+    weight, x = problem()
+    looped = compiled(lambda weight, x: fixed_point(weight, x, None, None, graph=True))
+    monkeypatch.setattr(while_loop, "NEEDS_CARE", True)
+    with (
+        config.patch(donated_buffer=True),
+        pytest.raises(Exception, match="gives wrong gradients with torch"),
+    ):
+        slope(looped, weight, x)
+    torch._dynamo.reset()
+    assert looped(weight, x).isfinite().all()  # without gradients there are none to be wrong
 
 
 @pytest.mark.parametrize(("solver", "gradient"), ALL, ids=str)
@@ -175,6 +255,29 @@ def test_every_module_trains_in_one_graph(instance):
         torch.testing.assert_close(again, value, rtol=1e-6, atol=1e-8)
         for one, other in zip(others, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+LOOPED = ("DEQ of MLPCell", "DEQ of TransformerCell", "DEQ of MDEQCell")
+
+
+@pytest.mark.parametrize("instance", [i for i in MODULES if i.name in LOOPED], ids=lambda i: i.name)
+def test_every_cell_is_solved_in_loops(undonated, instance):
+    deq = instance.make().double()
+    deq.penalty = None
+    deq.stopping = replace(deq.stopping, tol=1e-4, max_steps=20)
+    deq.gradient = replace(deq.gradient, tol=1e-9, max_steps=20)
+    (x,) = instance.inputs()
+    found = []
+    for graph in (False, GraphCache()):
+        deq.graph = graph
+        out = (compiled(deq) if graph else deq)(x.double())
+        found.append((out, torch.autograd.grad(out.value.square().sum(), list(deq.parameters()))))
+    (wanted, gradients), (looped, others) = found
+    torch.testing.assert_close(looped.value, wanted.value, rtol=1e-6, atol=1e-8)
+    assert looped.solution.path == "compiled loop"
+    assert looped.solution.nfe == wanted.solution.nfe
+    for one, other in zip(others, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 EXPORTED = [i for i in MODULES if "DEQ" in i.name and i.name != "MDEQCell"]

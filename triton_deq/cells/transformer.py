@@ -383,7 +383,7 @@ class TransformerCell(nn.Module):
         if u.qkv is None:
             product = functional.linear(n, u.weights.qkv)
         else:
-            product = torch.addmm(u.qkv.flatten(0, 1), n.flatten(0, 1), u.weights.qkv.mT)
+            product = torch.addmm(u.qkv.flatten(0, 1), n.flatten(0, 1), u.weights.qkv.t())
         width = product.shape[-1] // (3 * self.heads)  # of a head, zeros behind it included
         q, k, v = product.view(*n.shape[:2], 3, self.heads, width).unbind(2)
         return q, k, v

@@ -146,9 +146,9 @@ class MDEQ(nn.Module):
     @property
     def _replayed(self) -> bool:
         """Whether what is before and after the solve may come from graphs, too."""
-        return (
-            bool(self.deq.graph) and repeatable(self.deq) and not (transformed() or torch.is_grad_enabled())
-        )
+        if transformed() or torch.is_grad_enabled():
+            return False
+        return bool(self.deq.graph) and repeatable(self.deq)
 
     def _replay(self, images: Tensor, z0: Tensor | None) -> MDEQOutput:
         """The same without gradients, where all that the host does is to look whether the solve is done."""

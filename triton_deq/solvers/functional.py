@@ -17,7 +17,7 @@ from ..reference.record import DIVERGENCE, accumulate_dtype
 from ..status import RUNNING, Status
 from .broyden import Broyden
 from .layout import Layout, evaluate
-from .solution import Solution
+from .solution import Solution, empty_solution
 from .stopping import Stopping
 
 
@@ -94,17 +94,17 @@ def functional_solve(
         TypeError: a solver that is not one of the library's.
     """
     check_state("z0", z0)
-    mixing = _mixing(solver)
+    mixing = mixing_of(solver)
     if z0.numel() == 0:
         value = f(z0)  # nothing to solve, but the value is still a function of what f closes over
         check_value(value, z0)
-        return value, _solution(value, Progress.begin(z0), 0, [] if trace else None)
+        return value, empty_solution(value, trace)
     layout = Layout(z0)
     x = best = layout.rows(z0)
     progress, traced = Progress.begin(x), []
     for step in range(stopping.max_steps):
         fx = layout.rows(evaluate(f, layout.unrows(x), debug))
-        improved, moving, progress = judge(progress, _square(fx, x), _square(fx), stopping)
+        improved, moving, progress = judge(progress, squares(fx, x), squares(fx), stopping)
         # Where the host looks and every sample goes on, the graph is spared two choices a step.
         every = looks and bool((improved & moving).all())
         best = x if every else torch.where(improved[:, None], x, best)
@@ -115,37 +115,32 @@ def functional_solve(
         x = following if every else torch.where(moving[:, None], following, x)
 
     value = layout.unrows(best)
-    return value, _solution(value, progress, step + 1, traced if trace else None)
+    return value, solution_of(value, progress, step + 1, torch.stack(traced) if trace else None)
 
 
-def _square(value: Tensor, x: Tensor | None = None) -> Tensor:
+def squares(value: Tensor, x: Tensor | None = None) -> Tensor:
     """`‖value − x‖²` of rows, summed in float64, without a graph."""
     value = value.detach().to(accumulate_dtype(value.dtype))
     difference = value if x is None else value - x.detach().to(value.dtype)
     return torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64).square()
 
 
-def _solution(value: Tensor, progress: Progress, nfe: int, traced: list[Tensor] | None) -> Solution:
-    batch = value.shape[0]
-    if nfe == 0:
-        progress = progress._replace(
-            status=torch.full_like(progress.status, int(Status.CONVERGED)),
-            best=torch.zeros_like(progress.best),
-        )
-    if traced is not None:
-        stacked = torch.stack(traced) if traced else progress.best.new_empty(0, batch)
+def solution_of(
+    value: Tensor, progress: Progress, nfe: Any, trace: Tensor | None, path: str = "steps"
+) -> Solution:
     return Solution(
         value=value.detach(),
         residual=progress.best,
         steps=progress.steps.to(torch.int32),
         status=progress.status.to(torch.int8),
         nfe=nfe,
-        path="steps",
-        trace=None if traced is None else stacked,
+        path=path,
+        trace=trace,
     )
 
 
-def _mixing(solver: Any) -> "_Anderson | _Broyden":
+def mixing_of(solver: Any) -> "_Anderson | _Broyden":
+    """What is between two evaluations of f."""
     anderson = getattr(solver, "as_anderson", None)
     if anderson is not None:
         return _Anderson(anderson)
@@ -157,7 +152,10 @@ def _mixing(solver: Any) -> "_Anderson | _Broyden":
 
 
 class _Anderson:
-    """The history of rows, the newest last, and how much of it each sample may use."""
+    """The history of rows, the newest last, and how much of it each sample may use.
+
+    As a loop of torch.compile carries it from step to step, it is full from the start, of zeros not in use.
+    """
 
     def __init__(self, solver: Any):
         self._solver = solver
@@ -165,14 +163,29 @@ class _Anderson:
         self._iterates: list[Tensor] = []
         self._count: Tensor | None = None
 
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        history = self._solver.history
+        return () if history == 1 else (*_rings(x, history), x.new_zeros(x.shape[0], dtype=torch.int64))
+
+    def take_up(self, *carried: Tensor) -> None:
+        if carried:
+            *rings, self._count = carried
+            self._residuals, self._iterates = (list(ring.unbind(1)) for ring in rings)
+
+    @property
+    def carried(self) -> tuple[Tensor, ...]:
+        if self._count is None:
+            return ()
+        return torch.stack(self._residuals, dim=1), torch.stack(self._iterates, dim=1), self._count
+
     def following(self, x: Tensor, fx: Tensor) -> Tensor:
         solver, wide = self._solver, accumulate_dtype(x.dtype)
         difference = fx.to(wide) - x.to(wide)
         iterate = x.to(wide) + solver.mixing * difference
-        self._residuals = [*self._residuals, difference][-solver.history :]
-        self._iterates = [*self._iterates, iterate][-solver.history :]
         if solver.history == 1:
             return iterate
+        self._residuals = [*self._residuals, difference][-solver.history :]
+        self._iterates = [*self._iterates, iterate][-solver.history :]
         stacked = torch.stack(self._residuals, dim=1)
         gram = torch.bmm(stacked, stacked.mT).double()
         held = len(self._residuals)
@@ -186,7 +199,7 @@ class _Anderson:
 
 
 class _Broyden:
-    """The last pairs, the newest last, and how many of them each sample may use."""
+    """The last pairs, the newest last, and how many of them each sample may use; carried likewise."""
 
     def __init__(self, memory: int):
         self._memory = memory
@@ -194,6 +207,21 @@ class _Broyden:
         self._changes: list[Tensor] = []
         self._last: tuple[Tensor, Tensor] | None = None
         self._count: Tensor | None = None
+
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        rings = _rings(x, self._memory)
+        return *rings, *(ring[:, 0].clone() for ring in rings), x.new_zeros(x.shape[0], dtype=torch.int64)
+
+    def take_up(self, *carried: Tensor) -> None:
+        moves, changes, x, fx, self._count = carried
+        self._moves, self._changes, self._last = list(moves.unbind(1)), list(changes.unbind(1)), (x, fx)
+
+    @property
+    def carried(self) -> tuple[Tensor, ...]:
+        assert self._last is not None
+        assert self._count is not None
+        last = (each.clone() for each in self._last)  # which may be what was handed in
+        return torch.stack(self._moves, dim=1), torch.stack(self._changes, dim=1), *last, self._count
 
     def following(self, x: Tensor, fx: Tensor) -> Tensor:
         wide = accumulate_dtype(x.dtype)
@@ -225,3 +253,9 @@ class _Broyden:
         useful = coefficients.abs().sum(1) <= WEIGHT_LIMIT
         self._count = torch.where(useful, (self._count + 1).clamp(max=self._memory), 1)
         return torch.where(useful[:, None], coefficients, 0)
+
+
+def _rings(x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Zeros for two tensors of each of the last steps."""
+    shape, wide = (x.shape[0], slots, x.shape[1]), accumulate_dtype(x.dtype)
+    return x.new_zeros(shape, dtype=wide), x.new_zeros(shape, dtype=wide)

@@ -10,7 +10,6 @@ from .. import backend as backends
 from ..backend import transformed
 from ..checks import check_state
 from ..reference.record import Record
-from ..status import Status
 from ..weight_caches import as_solve
 from .anderson import Anderson
 from .compaction import Whole, check_compact
@@ -18,8 +17,9 @@ from .functional import functional_solve
 from .graph import Replays, usable
 from .graph_cache import GraphCache
 from .layout import Layout, evaluate
-from .solution import NotConverged, Solution
+from .solution import NotConverged, Solution, empty_solution
 from .stopping import Lookout, Stopping
+from .while_loop import looped_solve, loops
 
 
 class Solver(Protocol):
@@ -81,7 +81,9 @@ def solve(
             Python runs between them. The host looks once a cycle (a multiple of the history, at least 4
             steps), so f may be evaluated a cycle too often. f must be capturable: no read of the device by
             the host. The graph lasts for this solve; that of a `DEQ` is used again. On a CPU it warns and
-            does nothing.
+            does nothing. Inside torch.compile, on any device: take the steps in a `torch.while_loop`, which
+            has f compiled once and ends with the last sample that runs; without it all of max_steps are
+            written out. There f may not change a buffer, as batch norm does in training.
         backend: "auto", "triton", "reference", or "numba": the reference with the solver's steps compiled for
             a CPU, in float32 or float64, and an `MDEQCell`'s GroupNorm, in bfloat16 too. "auto" takes that
             where it pays and Numba can be imported.
@@ -92,7 +94,8 @@ def solve(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
         NotConverged: with `throw=True`.
-        RuntimeError: with `debug=True`, an f that modifies z; with `graph=True`, one that cannot be captured.
+        RuntimeError: with `debug=True`, an f that modifies z; with `graph=True`, one that cannot be captured;
+            gradients through such a loop with a torch that compiles it wrongly.
     """
     solution, _ = solve_and_keep(
         f,
@@ -136,7 +139,10 @@ def solve_and_keep(
     check_solver("solver", solver)
     stopping = Stopping(**when)
     if transformed():
-        refuse_traced(throw=throw, compact=compact, debug=debug, graph=graph)
+        looped = loops(graph)
+        refuse_traced(throw=throw, compact=compact, debug=debug, graph=False if looped else graph)
+        if looped:
+            return looped_solve(f, z0, solver, stopping, trace=trace), None
         return functional_solve(f, z0, solver, stopping, trace=trace, looks=False)[1], None
     check_compact(compact, f, stopping.norm_over)
     name = _takes_steps(z0, solver, backend)
@@ -315,16 +321,3 @@ def check_solver(name: str, solver: Any) -> Solver:
     if isinstance(solver, type) or not (hasattr(solver, "start") and hasattr(solver, "step")):
         raise TypeError(f"{name}={solver!r} is not a solver: pass an instance such as td.Anderson(history=6)")
     return solver
-
-
-def empty_solution(z0: Tensor, trace: bool) -> Solution:
-    """No entries, nothing to solve: f is not called."""
-    batch = z0.shape[0]
-    return Solution(
-        value=z0.detach().clone(),
-        residual=torch.zeros(batch, dtype=torch.float64, device=z0.device),
-        steps=torch.zeros(batch, dtype=torch.int32, device=z0.device),
-        status=torch.full((batch,), Status.CONVERGED, dtype=torch.int8, device=z0.device),
-        nfe=0,
-        trace=torch.empty(0, batch, dtype=torch.float64, device=z0.device) if trace else None,
-    )

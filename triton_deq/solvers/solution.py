@@ -19,11 +19,12 @@ class Solution:
             (relative or absolute, of the sample or of the batch). Infinite where f never gave a finite value.
         steps: `[B]` int32, evaluations of f until the sample stopped.
         status: `[B]` int8 holding `Status`.
-        nfe: evaluations of f in all; each one serves the whole batch.
+        nfe: evaluations of f in all; each one serves the whole batch. Of a compiled loop, a tensor `[]`.
         path: how it was solved: "steps", f and the solver in turns; "compiled steps", the same on a CPU, the
-            solver compiled by Numba; "graph", the same in a CUDA graph; "one launch", by a kernel of f's own.
+            solver compiled by Numba; "graph", the same in a CUDA graph; "one launch", by a kernel of f's own;
+            "compiled loop", by torch.compile with `graph=True`.
         trace: `[nfe, B]` float64, the residual after each evaluation (a stopped sample keeps its last),
-            or None if it was not asked for.
+            or None if it was not asked for. Of a compiled loop, `[max_steps, B]`.
         backward: the `Solution` of the implicit gradient's linear system; None until a backward pass has
             solved it. Each pass replaces it.
     """
@@ -56,6 +57,19 @@ class Solution:
 
 
 register(Solution, constants=("nfe", "path"))
+
+
+def empty_solution(z0: Tensor, trace: bool) -> Solution:
+    """No entries, nothing to solve: f is not called."""
+    batch = z0.shape[0]
+    return Solution(
+        value=z0.detach().clone(),
+        residual=torch.zeros(batch, dtype=torch.float64, device=z0.device),
+        steps=torch.zeros(batch, dtype=torch.int32, device=z0.device),
+        status=torch.full((batch,), Status.CONVERGED, dtype=torch.int8, device=z0.device),
+        nfe=0,
+        trace=torch.empty(0, batch, dtype=torch.float64, device=z0.device) if trace else None,
+    )
 
 
 class NotConverged(RuntimeError):

@@ -114,7 +114,7 @@ def test_a_solve_is_a_loop_that_ends(solver):
 
     def solve(x, **options):
         f = lambda z: torch.tanh(z @ weight + x)  # noqa: E731
-        return td.solve(f, torch.zeros_like(x), solver, tol=1e-6, max_steps=30, trace=True, **options)
+        return td.solve(f, 0.1 * x.nan_to_num(), solver, tol=1e-6, max_steps=30, trace=True, **options)
 
     eager, looped = solve(x), compiled(solve)(x, graph=True)
     torch.testing.assert_close(looped.value, eager.value, rtol=0, atol=1e-12)
@@ -126,7 +126,19 @@ def test_a_solve_is_a_loop_that_ends(solver):
     assert looped.nfe == eager.nfe < 30
     torch.testing.assert_close(looped.trace[: eager.nfe], eager.trace, rtol=1e-6, atol=1e-12)
     assert looped.trace.shape == (30, 4)
-    assert torch.equal(looped.trace[-1], looped.trace[eager.nfe])
+    assert torch.equal(looped.trace[-1], looped.trace[eager.nfe - 1])
+
+
+def test_a_sample_that_has_stopped_stands_still_in_a_loop():
+    def solve(x, **options):
+        f = lambda z: 0.3 * torch.cos(z) + z.mean(0) / 2 + x  # noqa: E731
+        return td.solve(f, torch.zeros_like(x), td.Picard(), tol=1e-3, max_steps=40, **options)
+
+    x = 3 * torch.arange(4, dtype=torch.float64)[:, None] * torch.ones(3, dtype=torch.float64)
+    eager, looped = solve(x), compiled(solve)(x, graph=True)
+    assert eager.steps.max() > eager.steps.min() + 1
+    assert torch.equal(looped.steps, eager.steps)
+    torch.testing.assert_close(looped.value, eager.value, rtol=0, atol=1e-12)
 
 
 def test_a_loop_that_ends_at_max_steps():

@@ -140,7 +140,7 @@ def solve_and_keep(
     stopping = Stopping(**when)
     if transformed():
         looped = loops(graph)
-        refuse_traced(throw=throw, compact=compact, debug=debug, graph=False if looped else graph)
+        refuse_traced(throw=throw, compact=compact, debug=debug, graph=not looped and bool(graph))
         if looped:
             return looped_solve(f, z0, solver, stopping, trace=trace), None
         return functional_solve(f, z0, solver, stopping, trace=trace, looks=False)[1], None

@@ -251,7 +251,6 @@ class _Probes:
         return probe(value, self.seed, index, self.distribution, self.name)
 
 
-@torch.compiler.disable(reason="spectral_radius reads the device between products")
 def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     """`max |λ(∂f/∂z)|` of each sample, by restarted Arnoldi iteration on `Jᵀ`.
 
@@ -259,8 +258,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     as they often are in a DEQ. A Krylov space of up to 20 vectors holds such a pair, and the eigenvalues of
     J's projection on it (Saad, "Numerical Methods for Large Eigenvalue Problems", 2011, ch. 6) tell its
     modulus. Each cycle starts from the sum of the Ritz vectors that belong to the largest one, until in
-    every sample what they leave of `J x − λ x` is no longer than `√ε |λ|`, with the dtype's ε. It looks at
-    the device after each cycle: torch.compile breaks its graph here.
+    every sample what they leave of `J x − λ x` is no longer than `√ε |λ|`, with the dtype's ε.
 
     Args:
         f: from a state to a state; the samples of a batch must not depend on each other. Its `vjp` is used
@@ -273,8 +271,13 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
-        RuntimeError: under `torch.inference_mode`, if f closes over a tensor that was made there.
+        RuntimeError: inside torch.compile; under `torch.inference_mode`, if f closes over a tensor that was
+            made there.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "spectral_radius reads the device between products: call it outside of a compiled function"
+        )
     check_state("z", z)
     check_count("steps", steps)
     with torch.no_grad(), kept_apart():

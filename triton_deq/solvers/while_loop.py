@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config
 
-from ..checks import check_state, check_value
+from ..checks import check_value
 from ..status import RUNNING
 from .functional import Progress, judge, mixing_of, solution_of, squares
 from .graph_cache import GraphCache
@@ -47,7 +47,6 @@ def looped_solve(
 
     `Solution.nfe` is a tensor, and a trace has the last residuals in the rows behind it.
     """
-    check_state("z0", z0)
     if z0.numel() == 0:
         check_value(f(z0), z0)
         return empty_solution(z0, trace)

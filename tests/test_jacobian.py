@@ -3,10 +3,12 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import triton_deq as td
 from tests.problems import tanh_map
@@ -498,6 +500,35 @@ def test_a_draw_ahead_is_the_next_calls_and_is_saved():
         for penalty in (ahead, restored):
             assert penalty(f, z, "reference").item() == wanted
             assert (penalty.calls, penalty.fired) == (plain.calls, plain.fired)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["at the call", "ahead"])
+def test_a_call_that_checkpointing_repeats_is_no_step(ahead):
+    """Three calls a backward pass, with τ, γ, counts and gradients of a model without checkpointing."""
+    model = td.DEQ(
+        td.MLPCell(6, 3).double(),
+        penalty=td.JacobianPenalty(1.0, 0.5, seed=4, growth=0.5),
+        backend="reference",
+    )
+    plain = copy.deepcopy(model)
+    x = torch.randn(3, 5, 3, dtype=torch.float64)
+
+    def loss(model, x):
+        if ahead:
+            model.penalty.draw()
+        out = model(x)
+        return out.value.square().mean() + out.penalty
+
+    gradients = {}
+    for step in range(5):
+        for each, call in ((plain, loss), (model, partial(checkpoint, loss, use_reentrant=False))):
+            torch.manual_seed(step % 2)  # numbers seen before, in steps that are new
+            total = sum(call(each, part) for part in x)
+            gradients[each] = torch.autograd.grad(total, tuple(each.parameters()))
+        torch.testing.assert_close(gradients[model], gradients[plain])
+        assert (model.penalty.calls, model.penalty.fired) == (plain.penalty.calls, plain.penalty.fired)
+    assert plain.penalty.calls == 15
+    assert 0 < plain.penalty.fired < 15
 
 
 def test_penalty_is_weight_times_norm():

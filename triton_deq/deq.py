@@ -119,6 +119,15 @@ class Injected:
         return Injected(self.cell, self.cell.select(self.u, samples))
 
 
+def _check_not_sharded(cell: nn.Module) -> None:
+    """FSDP gathers a module's weights for each call of it and drops them after; a solve is many calls."""
+    if cell._forward_pre_hooks and any(kind.__name__ == "FSDPModule" for kind in type(cell).__mro__):
+        raise TypeError(
+            f"cell={type(cell).__name__} is sharded by itself, and its weights would be gone in the backward "
+            "solve: call fully_shard on the DEQ or on a module around it, and not on the cell"
+        )
+
+
 class DEQ(nn.Module):
     """`z* = cell(z*, cell.inject(x))` (Bai et al., arXiv 1909.01377).
 
@@ -196,6 +205,7 @@ class DEQ(nn.Module):
     def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
         """Solve for the equilibrium of x, from z0 or from the cell's initial state."""
         cell: Any = self.cell
+        _check_not_sharded(cell)
         return self.from_injection(cell.inject(x), z0)
 
     def from_injection(self, u: Any, z0: Tensor | None = None) -> DEQOutput:

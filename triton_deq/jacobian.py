@@ -31,6 +31,8 @@ Function = Callable[[Tensor], Tensor]
 
 
 REDUCTIONS = ("mean", "none")
+KEPT_DRAWS = 64
+"""How many of a penalty's last draws activation checkpointing can repeat: calls before one backward pass."""
 
 
 def jacobian_norm(
@@ -326,6 +328,11 @@ def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def _in_backward() -> bool:
+    """Whether autograd's engine is what calls, as it does what checkpointing makes anew."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class JacobianPenalty(nn.Module):
     """`τ γ · jacobian_norm(f, z*)` with `τ ~ Bernoulli(p)` drawn once a call (arXiv 2106.14342, eq. 6).
 
@@ -337,6 +344,10 @@ class JacobianPenalty(nn.Module):
     without any it raises under `fullgraph=True` and breaks the graph otherwise. The function is compiled
     twice, with the estimate and without, so that a step with τ = 0 costs nothing there either; a γ that
     changes is an input of the graph and compiles nothing anew.
+
+    Activation checkpointing calls a model once more in the backward pass, which is no step: such a call has
+    the τ and γ of the one that it repeats. They are found by a number that each draw takes from PyTorch's
+    generator on the CPU, which `torch.utils.checkpoint` sets back (unless `preserve_rng_state=False`).
 
     Args:
         weight: γ ≥ 0. The paper uses 0.5 (CIFAR-10) to 2.5 (WikiText-103) and 3 (ImageNet).
@@ -397,6 +408,7 @@ class JacobianPenalty(nn.Module):
         self._draws = torch.Generator("cpu").manual_seed(seed)
         self._drawn: bool | None = None  # τ of the next call, where it is known already
         self._scale = _number(0.0)  # γ of the last draw
+        self._recent: dict[int, tuple[bool, Tensor]] = {}  # τ and γ of the last draws, for those repeated
 
     @property
     def present_weight(self) -> float:
@@ -412,12 +424,19 @@ class JacobianPenalty(nn.Module):
 
         A second draw before a call takes the place of the first, which was counted.
         """
+        mark = int(torch.randint(2**63 - 1, (), device="cpu"))
+        if _in_backward() and mark in self._recent:
+            self._drawn, self._scale = self._recent[mark]
+            return self._drawn
         weight = self.present_weight
         tau = torch.rand((), generator=self._draws, device="cpu").item() < self.probability
         self._drawn = tau and weight > 0
         self._scale = _number(weight)  # a new one: nothing may be written into from inside torch.func
         self.calls += 1
         self.fired += self._drawn
+        self._recent[mark] = self._drawn, self._scale
+        if len(self._recent) > KEPT_DRAWS:
+            del self._recent[next(iter(self._recent))]
         return self._drawn
 
     def forward(self, f: Function, z: Tensor, backend: str = "auto") -> Tensor:

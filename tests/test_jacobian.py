@@ -470,6 +470,19 @@ def test_penalty_fires_with_its_probability_and_repeats_from_its_state():
         assert [again(f, z, "reference").item() > 0 for _ in range(50)] == following
 
 
+def test_a_file_of_tensors_holds_a_model_with_its_penalty(tmp_path):
+    """One of safetensors, as Hugging Face's libraries save models."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, again = (td.DEQ(td.MLPCell(6, 3), penalty=td.JacobianPenalty(1.0, 0.5)) for _ in range(2))
+    model.penalty.draw()
+    safetensors.save_model(model, tmp_path / "model.safetensors")
+    assert safetensors.load_model(again, tmp_path / "model.safetensors") == (set(), [])
+    assert again.penalty.calls == 1
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(again(x).value, model(x).value)
+    assert [again.penalty.draw() for _ in range(20)] == [model.penalty.draw() for _ in range(20)]
+
+
 def test_ranks_draw_alike_whatever_their_global_generators():
     """τ is the same on every rank; the probes are each rank's own, and repeat from its global seed."""
     f, *_ = tanh_map(4, 3)

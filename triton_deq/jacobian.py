@@ -467,20 +467,19 @@ class JacobianPenalty(nn.Module):
             f"distribution={self.distribution!r}, fired={self.fired} of {self.calls}"
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {
-            "draws": self._draws.get_state(),
-            "calls": self.calls,
-            "fired": self.fired,
-            "drawn": self._drawn,
-            "scale": self._scale.item(),
-        }
+    def get_extra_state(self) -> Tensor:
+        """Bytes in one tensor, because there are files of a model's state that hold tensors alone."""
+        drawn = -1 if self._drawn is None else int(self._drawn)
+        counts = torch.tensor([self.calls, self.fired, drawn], device="cpu")
+        scale = self._scale.reshape(1)
+        return torch.cat([counts.view(torch.uint8), scale.view(torch.uint8), self._draws.get_state()])
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._draws.set_state(state["draws"].cpu())
-        self.calls, self.fired = state["calls"], state["fired"]
-        self._drawn = state["drawn"]
-        self._scale = _number(state["scale"])
+    def set_extra_state(self, state: Tensor) -> None:
+        counts, scale, draws = state.clone().cpu().tensor_split([24, 32])
+        self.calls, self.fired, drawn = counts.view(torch.int64).tolist()
+        self._drawn = None if drawn < 0 else bool(drawn)
+        self._scale = scale.view(torch.float64)[0]
+        self._draws.set_state(draws.clone())  # it reads from where the memory begins
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draws": self._draws.get_state()}  # a Generator cannot be pickled

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -115,6 +116,20 @@ def test_made_without_memory_and_filled_later(instance):
     module = module.to_empty(device="cpu")
     module.load_state_dict(other.state_dict())
     assert_same_step(instance, other, module, instance.inputs())
+
+
+CELLS = {
+    "MLPCell": partial(td.MLPCell, 6, 3, hidden=5, layer_norm=True),
+    "TransformerCell": partial(td.TransformerCell, 8, 2, 6, weight_norm=True),
+    "MDEQCell": partial(td.MDEQCell, (4, 8), 2),
+}
+
+
+@pytest.mark.parametrize("make", CELLS.values(), ids=CELLS)
+def test_cells_take_device_and_dtype(make):
+    for device, dtype in (("cpu", torch.float64), ("meta", torch.bfloat16)):
+        parameters = make(device=device, dtype=dtype).parameters()
+        assert {(each.device.type, each.dtype) for each in parameters} == {(device, dtype)}
 
 
 @every

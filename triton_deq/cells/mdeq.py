@@ -52,6 +52,7 @@ class MDEQCell(nn.Module):
             final convolutions, as in the authors' code.
         post_affine: whether the final GNs have gain and offset.
         init_std: convolutions start from N(0, init_std²).
+        device, dtype: of the parameters, as in PyTorch's modules.
 
     Shapes: z `[B, N]` is the packed state: the maps one after another, each channels-last, `[H, W, C]`; they
     are views of it (`maps`). `inject(x)` takes the features `[B, C_0, H, W]` of the highest resolution.
@@ -75,22 +76,28 @@ class MDEQCell(nn.Module):
         weight_norm: bool = True,
         post_affine: bool = True,
         init_std: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_arguments(channels, groups, expansion, dropout, init_std)
         self.channels = tuple(channels)
         self.dropout = dropout
         count = len(self.channels)
-        self.blocks: Any = nn.ModuleList(Block(width, expansion * width, groups) for width in self.channels)
+        kind: Any = {"device": device, "dtype": dtype}
+        self.blocks: Any = nn.ModuleList(
+            Block(width, expansion * width, groups, **kind) for width in self.channels
+        )
         self.fuse: Any = nn.ModuleList()
         self.post: Any = nn.ModuleList()
         if count > 1:
             self.fuse.extend(
-                nn.ModuleList(self._path(source, target, groups) for source in range(count))
+                nn.ModuleList(self._path(source, target, groups, **kind) for source in range(count))
                 for target in range(count)
             )
             self.post.extend(
-                ConvNorm(width, width, 1, max(groups // 2, 1), affine=post_affine) for width in self.channels
+                ConvNorm(width, width, 1, max(groups // 2, 1), affine=post_affine, **kind)
+                for width in self.channels
             )
         self._units = [layer for layer in self.modules() if isinstance(layer, ConvNorm)]
         for place, unit in enumerate(self._units):
@@ -105,16 +112,19 @@ class MDEQCell(nn.Module):
                 if not unit.fuses:
                     normalise_kernels(unit.conv)
 
-    def _path(self, source: int, target: int, groups: int) -> nn.Sequential:
+    def _path(self, source: int, target: int, groups: int, **kind: Any) -> nn.Sequential:
         """What brings the maps of one resolution to another; nothing where they are the same."""
         begin, end = self.channels[source], self.channels[target]
         if target <= source:
-            return nn.Sequential(*[ConvNorm(begin, end, 1, groups, fuses=True)] if target < source else [])
+            fusing = [ConvNorm(begin, end, 1, groups, fuses=True, **kind)] if target < source else []
+            return nn.Sequential(*fusing)
         steps = target - source
         widths = [begin] * steps + [end]
         return nn.Sequential(
             *(
-                ConvNorm(widths[k], widths[k + 1], 3, groups, stride=2, relu=k + 1 < steps, fuses=True)
+                ConvNorm(
+                    widths[k], widths[k + 1], 3, groups, stride=2, relu=k + 1 < steps, fuses=True, **kind
+                )
                 for k in range(steps)
             )
         )

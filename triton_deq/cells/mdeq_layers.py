@@ -70,7 +70,10 @@ Advance = Callable[[list[Step], list[Tensor]], list[Tensor]]
 
 
 class ConvNorm(nn.Module):
-    """`GN(conv(x))` and what follows it, with the convolution's weight from u. fuses: between resolutions."""
+    """`GN(conv(x))` and what follows it, with the convolution's weight from u.
+
+    fuses: between resolutions; kind: device and dtype.
+    """
 
     def __init__(
         self,
@@ -83,10 +86,11 @@ class ConvNorm(nn.Module):
         relu: bool = False,
         affine: bool = True,
         fuses: bool = False,
+        **kind: Any,
     ):
         super().__init__()
-        self.conv: Any = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
-        self.norm = nn.GroupNorm(groups, outputs, affine=affine)
+        self.conv: Any = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False, **kind)
+        self.norm = nn.GroupNorm(groups, outputs, affine=affine, **kind)
         self.relu = relu
         self.fuses = fuses
         self.place = 0
@@ -109,11 +113,11 @@ class ConvNorm(nn.Module):
 class Block(nn.Module):
     """The layers of `GN(relu(z + GN(m ⊙ conv(relu(GN(conv(z)))) + u)))`."""
 
-    def __init__(self, width: int, inner: int, groups: int):
+    def __init__(self, width: int, inner: int, groups: int, **kind: Any):
         super().__init__()
-        self.first = ConvNorm(width, inner, 3, groups, relu=True)
-        self.second = ConvNorm(inner, width, 3, groups)
-        self.norm = nn.GroupNorm(groups, width)
+        self.first = ConvNorm(width, inner, 3, groups, relu=True, **kind)
+        self.second = ConvNorm(inner, width, 3, groups, **kind)
+        self.norm = nn.GroupNorm(groups, width, **kind)
 
     def steps(
         self,

@@ -29,6 +29,7 @@ class MLPCell(nn.Module):
         activation: "tanh", "relu", "gelu", "silu", "softplus", or an `Activation` of your own.
         layer_norm: whether a LayerNorm follows.
         hidden: H, the inner width of the two-matrix block; None for one matrix.
+        device, dtype: of the parameters, as in PyTorch's modules.
 
     On a GPU a layer is one kernel: product, injection, activation, and without gradients the LayerNorm. The
     cell knows its vector-Jacobian product in closed form (`vjp`), which is a kernel too: a backward solve
@@ -49,6 +50,9 @@ class MLPCell(nn.Module):
         activation: str | Activation = "tanh",
         layer_norm: bool = False,
         hidden: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_count("width", width)
@@ -58,10 +62,11 @@ class MLPCell(nn.Module):
         inner = width if hidden is None else hidden
         self.width = width
         self.activation = find_activation(activation)
-        self.state = nn.Linear(width, inner, bias=False)
-        self.injection = nn.Linear(input_width, inner)
-        self.output = None if hidden is None else nn.Linear(hidden, width, bias=False)
-        self.norm = nn.LayerNorm(width) if layer_norm else None
+        kind: Any = {"device": device, "dtype": dtype}
+        self.state = nn.Linear(width, inner, bias=False, **kind)
+        self.injection = nn.Linear(input_width, inner, **kind)
+        self.output = None if hidden is None else nn.Linear(hidden, width, bias=False, **kind)
+        self.norm = nn.LayerNorm(width, **kind) if layer_norm else None
 
     def inject(self, x: Tensor) -> Tensor:
         """`u = U x + b`, all that does not depend on z."""

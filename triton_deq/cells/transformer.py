@@ -109,6 +109,7 @@ class TransformerCell(nn.Module):
         weight_norm: `w = g v / ‖v‖` for every matrix of f (torch's parametrization).
         injected: False leaves `U x + b` out, for a stack of cells with weights of their own.
         init_std: matrices and biases of the attention start from N(0, init_std²), other biases at 0.
+        device, dtype: of the parameters, as in PyTorch's modules.
 
     Shapes: z `[B, T, D]`. `inject(x)` takes the embedded tokens `[B, T, D]`, or `(tokens, memory)` with the
     `Memory` of the segment before, or None. The samples of a batch are its sequences.
@@ -135,6 +136,8 @@ class TransformerCell(nn.Module):
         weight_norm: bool = False,
         injected: bool = True,
         init_std: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_count("width", width)
@@ -163,14 +166,15 @@ class TransformerCell(nn.Module):
         self.window = window
 
         across = heads * head_width
-        self.qkv = nn.Linear(width, 3 * across, bias=False)
-        self.positions = nn.Linear(width, across, bias=False)
-        self.content_bias = nn.Parameter(torch.empty(heads, head_width))
-        self.position_bias = nn.Parameter(torch.empty(heads, head_width))
-        self.out = nn.Linear(across, width)
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-        self.injection = nn.Linear(width, 3 * across) if injected else None
+        kind: Any = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(width, 3 * across, bias=False, **kind)
+        self.positions = nn.Linear(width, across, bias=False, **kind)
+        self.content_bias = nn.Parameter(torch.empty(heads, head_width, **kind))
+        self.position_bias = nn.Parameter(torch.empty(heads, head_width, **kind))
+        self.out = nn.Linear(across, width, **kind)
+        self.up = nn.Linear(width, inner, **kind)
+        self.down = nn.Linear(inner, width, **kind)
+        self.injection = nn.Linear(width, 3 * across, **kind) if injected else None
         self.reset_parameters(init_std)
         if weight_norm:
             for layer in (self.qkv, self.positions, self.out, self.up, self.down):

@@ -1,4 +1,4 @@
-"""The command line: `python -m bench run | report | gpu | ledger | levers`, from a checkout."""
+"""The command line: `python -m bench run | report | gpu | ledger | levers | damping`, from a checkout."""
 
 import argparse
 import logging
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from triton_deq.checks import parse_count
 
 from . import ROOT
 from .rows import RowsError
@@ -17,7 +19,7 @@ RESULTS = ROOT / "bench" / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="run | report | gpu | ledger | levers")
+    commands = parser.add_subparsers(required=True, metavar="run | report | gpu | ledger | levers | damping")
 
     run = commands.add_parser("run", help="measure on this machine and append rows")
     run.add_argument("--group", action="append", metavar="G", help="only this group; may be repeated")
@@ -55,6 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     levers.add_argument("--output", type=Path, default=ROOT / "build" / "levers", metavar="DIR")
     levers.add_argument("--seconds", type=float, default=20.0, help="of timing (default 20)")
     levers.set_defaults(call=_levers)
+
+    damping = commands.add_parser("damping", help="how well a DEQ trains, by the ridge of its backward solve")
+    damping.add_argument(
+        "--seeds", type=parse_count(1), default=8, metavar="N", help="runs of each way (default 8)"
+    )
+    damping.add_argument(
+        "--steps", type=parse_count(1), default=60, metavar="N", help="of the optimiser (default 60)"
+    )
+    damping.add_argument("--output", type=Path, default=ROOT / "build" / "damping.jsonl", metavar="FILE")
+    damping.set_defaults(call=_damping)
 
     arguments = parser.parse_args(argv)
     # Compilers of peers warn at length about graph breaks; what matters of it is in the rows.
@@ -98,6 +110,12 @@ def _levers(arguments: argparse.Namespace) -> int:
     from .levers import levers
 
     return levers(arguments.run, arguments.learned, arguments.plain, arguments.output, arguments.seconds)
+
+
+def _damping(arguments: argparse.Namespace) -> int:
+    from .damping import damping
+
+    return damping(arguments.seeds, arguments.steps, arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad, gradcheck
 
 import triton_deq as td
-from tests.problems import tanh_map
+from tests.problems import linear_map, tanh_map
 
 TIGHT = {"tol": 1e-13, "max_steps": 200, "backend": "reference"}
 IMPLICIT = td.ImplicitGradient(tol=1e-13, max_steps=200)
@@ -103,6 +103,43 @@ def test_phantom_gradient_is_damped():
     z.sum().backward()
     fixed = 2.0  # 1 / (1 - scale)
     assert math.isclose(scale.grad.item(), 0.3 * fixed * (1 + (0.7 + 0.3 * 0.5)), rel_tol=1e-9)
+
+
+def backward_by(solver, f, z0):
+    """The backward solve of the sum of a fixed point, and the gradient in x of f(z) + x."""
+    x = torch.zeros_like(z0, requires_grad=True)
+    gradient = td.ImplicitGradient() if solver is None else td.ImplicitGradient(solver)
+    z, solution = td.fixed_point(
+        lambda z: f(z) + x, z0, gradient=gradient, backend="reference", return_solution=True
+    )
+    z.sum().backward()
+    return solution.backward, x.grad
+
+
+@pytest.mark.parametrize("radius", [0.5, 0.9, 0.95])
+def test_the_default_ridge_costs_no_products_where_the_jacobian_contracts(radius):
+    f, _, matrix = linear_map(radius, 4, 30)
+    z0 = torch.zeros(4, 30, dtype=torch.float64)
+    damped, gradient = backward_by(None, f, z0)
+    undamped, _ = backward_by(td.Anderson(), f, z0)
+    assert damped.nfe <= undamped.nfe + 1
+    wanted = torch.linalg.solve(torch.eye(30, dtype=torch.float64) - matrix.T, torch.ones_like(z0).T).T
+    if damped.converged.all():
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item())
+
+
+def test_the_default_ridge_holds_back_what_a_jacobian_close_to_the_identity_would_blow_up():
+    """As where a forward solve stopped short of the fixed point; the direction's exact share is 1000."""
+    slopes = torch.cat([torch.linspace(-0.9, 0.9, 11), torch.tensor([0.999])]).double()
+    z0 = torch.zeros(4, 12, dtype=torch.float64)
+    damped, gradient = backward_by(None, lambda z: slopes * z, z0)
+    undamped, exact = backward_by(td.Anderson(), lambda z: slopes * z, z0)
+    assert undamped.converged.all()
+    assert exact.abs().max() > 900
+    assert not damped.converged.any(), "which the solution says"
+    assert gradient.abs().max() < 30
+    steep = slopes.abs() < 0.5
+    torch.testing.assert_close(gradient[:, steep], exact[:, steep], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

@@ -37,7 +37,10 @@ class ImplicitGradient:
     `Solution.backward` tells how that solve went.
 
     Attributes:
-        solver: for u; `Anderson()` by default.
+        solver: for u; by default `Anderson(ridge=1e-2)`. Where z is not quite a fixed point yet, I − J may be
+            close to singular, and the u of that J many times the gradient that is sought; so much ridge holds
+            back the directions that it would grow in, and costs no products where J contracts. For exact
+            gradients at fixed points where the spectral radius of J is itself above 0.99, give `Anderson()`.
         tol: relative residual at which u has converged.
         max_steps: the most vector-Jacobian products.
         throw: raise `NotConverged` in the backward pass where u did not reach the tolerance.
@@ -58,7 +61,7 @@ class ImplicitGradient:
             derivative in forward mode is asked for around one in reverse mode, as by `torch.func.hessian`.
     """
 
-    solver: Solver = field(default_factory=lambda: Anderson())  # torch.compile calls no class here
+    solver: Solver = field(default_factory=lambda: Anderson(ridge=1e-2))  # torch.compile calls no class here
     tol: float = 1e-4
     max_steps: int = 30
     throw: bool = False

@@ -42,3 +42,9 @@ def test_from_locuslab(monkeypatch):
     monkeypatch.setitem(sys.modules, "lib.jacobian", jacobian)
     before = losses("from_locuslab_before")
     assert losses("from_locuslab_after") == pytest.approx(before, rel=1e-4)
+
+
+def test_from_textbook():
+    """Both solve to a residual of 1e-3, over the batch there and of each sample here."""
+    before = losses("from_textbook_before")
+    assert losses("from_textbook_after") == pytest.approx(before, rel=5e-3)

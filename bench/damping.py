@@ -1,0 +1,96 @@
+"""How well a DEQ trains that has no penalty, by the ridge of its backward solve: `python -m bench damping`.
+
+The model is that of `examples/from_textbook_before.py`, whose layer stops contracting within some steps of
+training: then forward solves end at their cap, short of a fixed point, and backward solves have a Jacobian
+there that may be close to I. Beside them the textbook's own solves, and phantom gradients.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import triton_deq as td
+from triton_deq.environment import environment
+
+from . import ROOT
+
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Equilibrium(nn.Module):
+    """The textbook's model by this library, with the gradient to look at."""
+
+    def __init__(self, f: nn.Module, gradient: td.ImplicitGradient | td.PhantomGradient):
+        super().__init__()
+        self.f = f
+        self.gradient = gradient
+        self.evaluations = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, solution = td.fixed_point(
+            lambda z: self.f(z, x),
+            torch.zeros_like(x),
+            tol=1e-3,
+            max_steps=50,
+            gradient=self.gradient,
+            return_solution=True,
+        )
+        self.evaluations = solution.nfe
+        return z
+
+
+def damping(seeds: int, steps: int, output: Path) -> int:
+    """Train each way from each seed; write a line a run, and print the means over the seeds."""
+    example = _example()
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+        **{f"ridge={ridge:g}": _implicit(ridge) for ridge in RIDGES},
+        "5 phantom steps": lambda f: Equilibrium(f, td.PhantomGradient(steps=5)),
+        "the textbook's solves": example.DEQ,
+    }
+    about = environment("cpu")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8") as file:
+        for way, make in ways.items():
+            runs = [_trained(example, make, seed, steps) for seed in range(seeds)]
+            for seed, run in enumerate(runs):
+                file.write(json.dumps({"backward": way, "seed": seed, "steps": steps, **run, **about}) + "\n")
+            file.flush()
+            midway, end, evaluations = (
+                sum(run[name] for run in runs) / seeds for name in ("loss_midway", "loss", "evaluations")
+            )
+            print(f"{way:<24} loss midway {midway:.3f}, at the end {end:.3f}, {evaluations:.1f} evaluations")
+    return 0
+
+
+def _implicit(ridge: float) -> Callable[[nn.Module], nn.Module]:
+    return lambda f: Equilibrium(f, td.ImplicitGradient(td.Anderson(ridge=ridge)))
+
+
+def _example() -> ModuleType:
+    """It is a script in no package."""
+    path = ROOT / "examples" / "from_textbook_before.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _trained(example: Any, make: Callable[[nn.Module], nn.Module], seed: int, steps: int) -> dict[str, float]:
+    """Losses, each the mean of a sixth of the steps, and the last step's evaluations of f."""
+    torch.manual_seed(seed)
+    deq, losses = example.train(make, steps)
+    share = max(steps // 6, 1)
+    middle = losses[(steps - share) // 2 :][:share]
+    return {
+        "loss_midway": round(sum(middle) / share, 5),
+        "loss": round(sum(losses[-share:]) / share, 5),
+        "evaluations": deq.evaluations,
+    }

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     levers.add_argument("--seconds", type=float, default=20.0, help="of timing (default 20)")
     levers.set_defaults(call=_levers)
 
-    damping = commands.add_parser("damping", help="how well a DEQ trains, by the ridge of its backward solve")
+    damping = commands.add_parser("damping", help="how well a DEQ trains, by its backward solve")
     damping.add_argument(
         "--seeds", type=parse_count(1), default=8, metavar="N", help="runs of each way (default 8)"
     )

@@ -1,4 +1,4 @@
-"""How well a DEQ trains that has no penalty, by the ridge of its backward solve: `python -m bench damping`.
+"""How well a DEQ trains that has no penalty, by its backward solve: `python -m bench damping`.
 
 The model is that of `examples/from_textbook_before.py`, whose layer stops contracting within some steps of
 training: then forward solves end at their cap, short of a fixed point, and backward solves have a Jacobian
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import triton_deq as td
 from triton_deq.environment import environment
+from triton_deq.solvers import Solver
 
 from . import ROOT
 
@@ -49,7 +50,8 @@ def damping(seeds: int, steps: int, output: Path) -> int:
     """Train each way from each seed; write a line a run, and print the means over the seeds."""
     example = _example()
     ways: dict[str, Callable[[nn.Module], nn.Module]] = {
-        **{f"ridge={ridge:g}": _implicit(ridge) for ridge in RIDGES},
+        **{f"ridge={ridge:g}": _implicit(td.Anderson(ridge=ridge)) for ridge in RIDGES},
+        "Broyden": _implicit(td.Broyden(memory=30)),
         "5 phantom steps": lambda f: Equilibrium(f, td.PhantomGradient(steps=5)),
         "the textbook's solves": example.DEQ,
     }
@@ -68,8 +70,8 @@ def damping(seeds: int, steps: int, output: Path) -> int:
     return 0
 
 
-def _implicit(ridge: float) -> Callable[[nn.Module], nn.Module]:
-    return lambda f: Equilibrium(f, td.ImplicitGradient(td.Anderson(ridge=ridge)))
+def _implicit(solver: Solver) -> Callable[[nn.Module], nn.Module]:
+    return lambda f: Equilibrium(f, td.ImplicitGradient(solver))
 
 
 def _example() -> ModuleType:

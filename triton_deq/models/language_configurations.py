@@ -100,7 +100,7 @@ CONFIGURATIONS = {
         memory=32,
         max_steps=30,
         backward_max_steps=30,
-        penalty=0.05,
+        penalty=0.1,
     ),
 }
 """By name; the first three are sized for WikiText-103, "tiny" for the embedded text."""

@@ -1,5 +1,7 @@
 """`check_every`, `debug`, and what the backward solve reports."""
 
+import math
+
 import pytest
 import torch
 
@@ -36,6 +38,54 @@ def test_debug_tells_of_an_f_that_modifies_its_argument(backend, device):
         td.fixed_point(
             lambda z: z.mul_(0.5) + 1, z0, gradient=td.UnrolledGradient(), debug=True, backend=backend
         )
+
+
+def unrolled(f, z0, **options):
+    return td.fixed_point(f, z0, gradient=td.UnrolledGradient(), **options)
+
+
+@pytest.mark.parametrize("solve", [td.solve, unrolled], ids=["solve", "unrolled"])
+@pytest.mark.parametrize("batch", [2, 3, 8, 13])
+def test_debug_tells_of_an_f_that_mixes_samples(solve, batch):
+    """Also where one sample alone sees one other."""
+    z0 = torch.zeros(batch, 2, 3, dtype=torch.float64)
+
+    def meeting(one, other):
+        links = torch.eye(batch, dtype=torch.float64) * 0.5
+        links[one, other] = 1e-6
+        return lambda z: torch.einsum("bc,cij->bij", links, z) + 1
+
+    options = {"debug": True, "backend": "reference"}
+    for one, other in ((0, batch - 1), (batch - 1, 0), (batch // 2, batch // 2 - 1)):
+        f = meeting(one, other)
+        with pytest.raises(
+            RuntimeError, match=f"f mixes samples: the value of sample {one} changes.*z0.None"
+        ):
+            solve(f, z0, **options)
+        solve(f, z0, norm_over="batch", **options)
+    solve(lambda z: f(z[0])[None], z0[None], **options)
+    solve(meeting(0, 0), z0, **options)
+    solve(meeting(0, 0), z0.bfloat16().double(), **options)
+
+
+@pytest.mark.parametrize("solve", [td.solve, unrolled], ids=["solve", "unrolled"])
+def test_debug_tells_of_an_f_that_is_random(solve):
+    z0 = torch.ones(4, 50)
+    with pytest.raises(RuntimeError, match="f gave two values at one state.*once a solve"):
+        solve(lambda z: torch.nn.functional.dropout(0.5 * z, 0.1) + 1, z0, debug=True, backend="reference")
+    as_sums_in_no_order = 1e-6
+    solve(lambda z: 0.5 * z + 1 + as_sums_in_no_order * torch.rand_like(z), z0, debug=True, tol=1e-3)
+
+
+def test_debug_leaves_nans_and_counts_alone():
+    z0 = torch.ones(3, 4)
+    z0[1] = math.nan
+    for norm_over in ("sample", "batch"):
+        plain, debugged = (
+            td.solve(lambda z: 0.5 * z + 1, z0, norm_over=norm_over, debug=debug) for debug in (False, True)
+        )
+        assert (debugged.nfe, debugged.status.tolist()) == (plain.nfe, plain.status.tolist())
+    assert td.solve(torch.tanh, torch.ones(0, 3), debug=True).nfe == 0
 
 
 @pytest.mark.parametrize("check_every", [0, -1])

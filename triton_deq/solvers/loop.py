@@ -13,6 +13,7 @@ from ..reference.record import Record
 from ..weight_caches import as_solve
 from .anderson import Anderson
 from .compaction import Whole, check_compact
+from .debugging import check_map
 from .functional import functional_solve
 from .graph import Replays, usable
 from .graph_cache import GraphCache
@@ -57,11 +58,12 @@ def solve(
     evaluated `max_steps` times, and the operators are PyTorch's; the answer is the same.
 
     Args:
-        f: from a state to a tensor of the same shape, dtype and device. What it raises passes through. If
-            it has a method `write(z, out)` that leaves f(z) in out, that is called where the solver has a
-            place for the value, which saves a copy. If it has `whole_solve(z0, solver, stopping, trace)`, the
-            kernels are first asked for all of the solve (not with compact or debug): it returns the values,
-            a record and the trace, or None to decline.
+        f: from a state to a tensor of the same shape, dtype and device. The value of a sample may depend on
+            that sample of the state alone: where samples hang together, as the nodes of a graph do, make
+            them one sample. What it raises passes through. If it has a method `write(z, out)` that leaves
+            f(z) in out, that is called where the solver has a place for the value, which saves a copy. If it
+            has `whole_solve(z0, solver, stopping, trace)`, the kernels are first asked for all of the solve
+            (not with compact or debug): it returns the values, a record and the trace, or None to decline.
         z0: `[B, ...]`, real floating, any strides; not modified. B may be 0.
         solver: `Anderson()` if not given, or `Broyden()`, or `Picard()`.
         tol: the residual at which a sample has converged; 0 takes all of max_steps.
@@ -76,7 +78,9 @@ def solve(
         compact: when no more than this share of the samples held still runs, go on with those alone:
             `f.select(samples)`, samples being int64 indices into the batch, is then asked for a function of
             states `[len(samples), ...]`. Sums may be added in another order from then on. None: never.
-        debug: raise if f modifies its argument in place; costs a copy and a comparison an evaluation.
+        debug: raise if f is random, lets samples of z mix (not with `norm_over="batch"`), or modifies its
+            argument; costs `2 + 2 log₂ B` evaluations at the start, which `nfe` does not count, and a copy
+            and a comparison at each.
         graph: on a GPU, take all but the first few steps in a CUDA graph of f and the solver, so that no
             Python runs between them. The host looks once a cycle (a multiple of the history, at least 4
             steps), so f may be evaluated a cycle too often. f must be capturable: no read of the device by
@@ -94,7 +98,7 @@ def solve(
     Raises:
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
         NotConverged: with `throw=True`.
-        RuntimeError: with `debug=True`, an f that modifies z; with `graph=True`, one that cannot be captured;
+        RuntimeError: with `debug=True`, what that finds in f; with `graph=True`, one that cannot be captured;
             gradients through such a loop with a torch that compiles it wrongly.
     """
     solution, _ = solve_and_keep(
@@ -167,6 +171,8 @@ def _solve(
     graph: bool | GraphCache,
 ) -> tuple[Solution, Any]:
     """The same with arguments that have been checked."""
+    if debug:
+        check_map(f, z0.detach(), stopping.norm_over)
     offer = getattr(f, "whole_solve", None)
     if name == "triton" and offer is not None and compact is None and not debug:
         whole_answer = offer(z0.detach(), solver, stopping, trace)

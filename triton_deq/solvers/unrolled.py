@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..backend import transformed
+from .debugging import check_map
 from .functional import functional_solve
 from .loop import Solver, refuse_traced, thrown
 from .solution import Solution
@@ -41,6 +42,8 @@ def unrolled_solve(
     if transformed():
         refuse_traced(throw=throw, debug=debug)
     stopping = Stopping(tol, max_steps, residual, norm_over, check_every)
+    if debug and z0.numel() > 0:
+        check_map(f, z0.detach(), norm_over)
     value, solution = functional_solve(
         f, z0, solver, stopping, trace=trace, looks=not transformed(), debug=debug
     )

@@ -14,11 +14,7 @@ from torch import Tensor
 def check_state(name: str, z: Any) -> None:
     """A state is a real floating tensor `[B, ...]`."""
     if not isinstance(z, Tensor):
-        several = isinstance(z, list | tuple | dict)
-        remedy = ", several packed into [B, N] by torch.cat, which f splits into views" if several else ""
-        raise TypeError(
-            f"{name} must be a tensor, got {type(z).__name__}: pass a floating tensor [B, ...]{remedy}"
-        )
+        raise TypeError(f"{name} must be a tensor, got {type(z).__name__}: pass a floating tensor [B, ...]")
     if not z.is_floating_point() or z.element_size() < 2:
         raise TypeError(
             f"{name} has dtype {z.dtype}: a state must be real and floating, of 16 bits at least; convert "

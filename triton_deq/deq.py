@@ -17,6 +17,7 @@ from .reference.record import accumulate_dtype
 from .solvers import Anderson, Solution, Solver
 from .solvers.graph_cache import GraphCache
 from .solvers.loop import check_solver
+from .solvers.packing import packed
 from .solvers.stopping import Stopping
 from .trees import register
 
@@ -26,7 +27,7 @@ class DEQOutput:
     """What a DEQ gives.
 
     Attributes:
-        value: the equilibrium, differentiable in the cell's parameters and in x.
+        value: the equilibrium, like z0, differentiable in the cell's parameters and in x.
         solution: how the solve went.
         penalty: a scalar to add to the loss; zero without a `JacobianPenalty`, or while not training.
         injection: u, what the cell made of x; None of an exported program.
@@ -212,8 +213,7 @@ class DEQ(nn.Module):
         """The same from `u = cell.inject(x)`."""
         if z0 is None:
             z0 = self._initial_state(u)
-        f = Injected(self.cell, u)
-
+        f, z0, packing = packed("z0", Injected(self.cell, u), z0)
         try:
             value, solution = fixed_point(
                 f,
@@ -243,7 +243,10 @@ class DEQ(nn.Module):
                 penalty = self.penalty(f, solution.value, self.backend)
         else:
             penalty = value.new_zeros((), dtype=accumulate_dtype(value.dtype))
-        return DEQOutput(value.to(z0.dtype), solution, penalty, u)
+        value = value.to(z0.dtype)
+        if packing is not None:
+            value, solution = packing.unpack(value), packing.solution(solution)
+        return DEQOutput(value, solution, penalty, u)
 
     def _initial_state(self, u: Any) -> Tensor:
         initial_state: Any = getattr(self.cell, "initial_state", None)

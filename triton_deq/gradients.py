@@ -16,6 +16,7 @@ from .checks import check_count, check_number, check_state
 from .implicit import ImplicitGradient
 from .solvers import Anderson, Solution, Solver, solve
 from .solvers.loop import check_solver
+from .solvers.packing import packed, unpacked_errors
 from .solvers.unrolled import unrolled_solve
 
 Function = Callable[[Tensor], Tensor]
@@ -104,11 +105,12 @@ def fixed_point(
         return_solution: also return the `Solution`.
 
     Returns:
-        A tensor like z0, or `(tensor, Solution)`.
+        What is like z0, a tensor or several, or that and the `Solution`.
 
     Raises:
         As `solve`; TypeError for something that is no gradient.
     """
+    f, z0, packing = packed("z0", f, z0)
     check_state("z0", z0)
     backends.choose(z0, backend)
     solver = check_solver("solver", Anderson() if solver is None else solver)
@@ -125,12 +127,14 @@ def fixed_point(
         "debug": debug,
         "graph": graph,
     }
-    with backends.ambient(backend):
+    with backends.ambient(backend), unpacked_errors(packing, throw):
         if torch.is_grad_enabled():
             value, solution = gradient.fixed_point(f, z0, solver, backend, **options)
         else:
             solution = solve(f, z0, solver, backend=backend, **options)
             value = solution.value
+    if packing is not None:
+        value, solution = packing.unpack(value), packing.solution(solution)
     return (value, solution) if return_solution else value
 
 

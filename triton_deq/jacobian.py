@@ -25,6 +25,7 @@ from .checks import (
 from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
 from .reference import jacobian as reference
 from .reference.record import accumulate_dtype
+from .solvers.packing import packed
 from .weight_caches import kept_apart
 
 Function = Callable[[Tensor], Tensor]
@@ -61,7 +62,8 @@ def jacobian_norm(
             `jacobian_norms(z, seed, probes, distribution)`, the kernels are asked for `‖ε_mᵀ J_b‖²` `[M, B]`
             first: a differentiable tensor, or None to decline.
         z: `[B, ...]`, floating. f(z) may have another floating dtype, as under autocast; the probes have
-            that of f(z), and the norms are summed in z's accumulation dtype.
+            that of f(z), and the norms are summed in z's accumulation dtype. Or several such tensors, as in
+            `solve`.
         probes: M, how many random vectors.
         distribution: of their entries: "gaussian", or "rademacher" (±1), whose variance is lower.
         generator: where randomness comes from; by default the global generator of z's device. Where kernels
@@ -77,6 +79,7 @@ def jacobian_norm(
         TypeError, ValueError: an argument that cannot be, named with its value and the remedy.
         RuntimeError: under `torch.inference_mode`, if f closes over a tensor that was made there.
     """
+    f, z, _ = packed("z", f, z)
     name = _check_estimate(z, probes, distribution, generator, backend, reduction)
     draw = _Probes(z, distribution, generator, name)
     fused = getattr(f, "jacobian_norms", None)
@@ -265,7 +268,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
     Args:
         f: from a state to a state; the samples of a batch must not depend on each other. Its `vjp` is used
             as in `jacobian_norm`, if it has one.
-        z: `[B, ...]`, floating.
+        z: `[B, ...]`, floating, or several such tensors, as in `solve`.
         steps: how many vector-Jacobian products it may take, at least 1.
 
     Returns:
@@ -280,6 +283,7 @@ def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
         raise RuntimeError(
             "spectral_radius reads the device between products: call it outside of a compiled function"
         )
+    f, z, _ = packed("z", f, z)
     check_state("z", z)
     check_count("steps", steps)
     with torch.no_grad(), kept_apart():
@@ -448,6 +452,7 @@ class JacobianPenalty(nn.Module):
         Raises:
             As `jacobian_norm`; RuntimeError in a graph of `torch.compile` without a `draw()` before it.
         """
+        f, z, _ = packed("z", f, z)
         if self._drawn is None:
             if torch.compiler.is_compiling():
                 raise RuntimeError(

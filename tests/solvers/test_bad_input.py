@@ -46,7 +46,7 @@ def test_what_f_returns(f, error, message, gradient):
         (torch.zeros(2, 3).to_sparse(), TypeError, "layout torch.sparse_coo: a state must be a dense tensor"),
         (torch.zeros(2, 3, device="meta"), TypeError, "no data, being on 'meta'"),
         (torch.tensor(1.0), ValueError, r"is a scalar: .*reshape\(1, 1\)"),
-        ([1.0], TypeError, "must be a tensor, got list: .* packed into"),
+        ([1.0], TypeError, "must be a tensor or a tuple, list or dict of tensors, got list of float"),
     ],
     ids=["integer", "complex", "float8", "sparse", "meta", "scalar", "list"],
 )

@@ -18,6 +18,7 @@ from .functional import functional_solve
 from .graph import Replays, usable
 from .graph_cache import GraphCache
 from .layout import Layout, evaluate
+from .packing import packed, unpacked_errors
 from .solution import NotConverged, Solution, empty_solution
 from .stopping import Lookout, Stopping
 from .while_loop import looped_solve, loops
@@ -64,7 +65,9 @@ def solve(
             f(z) in out, that is called where the solver has a place for the value, which saves a copy. If it
             has `whole_solve(z0, solver, stopping, trace)`, the kernels are first asked for all of the solve
             (not with compact or debug): it returns the values, a record and the trace, or None to decline.
-        z0: `[B, ...]`, real floating, any strides; not modified. B may be 0.
+        z0: `[B, ...]`, real floating, any strides; not modified. B may be 0. Or a tuple, list or dict of
+            such tensors, of one B, dtype and device: then f takes and gives the same, and so has the value.
+            They are views of one packed `[B, N]`, so a residual is one norm over all of them.
         solver: `Anderson()` if not given, or `Broyden()`, or `Picard()`.
         tol: the residual at which a sample has converged; 0 takes all of max_steps.
         max_steps: the most evaluations of f.
@@ -101,23 +104,25 @@ def solve(
         RuntimeError: with `debug=True`, what that finds in f; with `graph=True`, one that cannot be captured;
             gradients through such a loop with a torch that compiles it wrongly.
     """
-    solution, _ = solve_and_keep(
-        f,
-        z0,
-        Anderson() if solver is None else solver,
-        tol=tol,
-        max_steps=max_steps,
-        residual=residual,
-        norm_over=norm_over,
-        throw=throw,
-        trace=trace,
-        check_every=check_every,
-        compact=compact,
-        debug=debug,
-        graph=graph,
-        backend=backend,
-    )
-    return solution
+    f, z0, packing = packed("z0", f, z0)
+    with unpacked_errors(packing, throw):
+        solution, _ = solve_and_keep(
+            f,
+            z0,
+            Anderson() if solver is None else solver,
+            tol=tol,
+            max_steps=max_steps,
+            residual=residual,
+            norm_over=norm_over,
+            throw=throw,
+            trace=trace,
+            check_every=check_every,
+            compact=compact,
+            debug=debug,
+            graph=graph,
+            backend=backend,
+        )
+    return solution if packing is None else packing.solution(solution)
 
 
 @as_solve

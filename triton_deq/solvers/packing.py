@@ -1,0 +1,134 @@
+"""States of several tensors: one tensor for the solvers, seen apart by f."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..backend import transformed
+from ..checks import check_state, check_value
+from .solution import NotConverged, Solution
+
+
+class Packing:
+    """How the tensors `[B, ...]` of a tuple, list or dict lie beside each other in one `[B, N]`."""
+
+    def __init__(self, name: str, state: Any):
+        parts, self._kind = tree_flatten(state)
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"
+            raise TypeError(
+                f"{name} must be a tensor or a tuple, list or dict of tensors, got {type(state).__name__} of "
+                f"{kinds}: pass floating tensors [B, ...]"
+            )
+        for place, part in enumerate(parts):
+            check_state(f"tensor {place} of {name}", part)
+            if _told(part) != _told(parts[0]):
+                raise ValueError(
+                    f"tensor {place} of {name} has {_told(part)}, and the first has {_told(parts[0])}: a "
+                    "state needs one number of samples, one dtype and one device"
+                )
+        self._shapes = [part.shape[1:] for part in parts]
+        self._sizes = [shape.numel() for shape in self._shapes]
+
+    def pack(self, state: Any, name: str = "f(z)") -> Tensor:
+        """`[B, N]`, of a state of the same structure."""
+        return torch.cat(self._rows(state, name), dim=1)
+
+    def pack_into(self, state: Any, out: Tensor) -> None:
+        """The same, left in `out`."""
+        rows = self._rows(state, "f(z)")
+        if any(each.dtype != out.dtype or len(each) != len(out) for each in rows):
+            check_value(torch.cat(rows, dim=1), out)  # which tells what is wrong
+        torch.cat(rows, dim=1, out=out)
+
+    def unpack(self, rows: Tensor) -> Any:
+        """The state again, of views."""
+        parts = rows.split(self._sizes, dim=1)
+        views = [part.view(len(rows), *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return tree_unflatten(views, self._kind)
+
+    def _rows(self, state: Any, name: str) -> list[Tensor]:
+        parts, kind = tree_flatten(state)
+        shapes = [part.shape[1:] if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if kind != self._kind or shapes != self._shapes:
+            raise ValueError(
+                f"{name} is a {type(state).__name__} of shapes {_listed(shapes)} beside the samples, and the "
+                f"state has {_listed(self._shapes)}: a fixed point needs one structure; check f, or z0"
+            )
+        return [part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts]
+
+    def solution(self, solution: Solution) -> Solution:
+        """With a value like the state. It stays the object that a backward pass reports to."""
+        value = self.unpack(solution.value)
+        if transformed():
+            return replace(solution, value=value)
+        object.__setattr__(solution, "value", value)
+        return solution
+
+    @contextmanager
+    def in_errors(self) -> Iterator[None]:
+        """See that what `throw=True` raises has its value like the state, too."""
+        try:
+            yield
+        except NotConverged as error:
+            self.solution(error.solution)
+            raise
+
+
+class Packed:
+    """f, from rows to rows."""
+
+    def __init__(self, f: Any, packing: Packing):
+        self.f = f
+        self.packing = packing
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.packing.pack(self.f(self.packing.unpack(z)))
+
+    def write(self, z: Tensor, out: Tensor) -> None:
+        """f(z) into the solver's history, which saves a copy."""
+        self.packing.pack_into(self.f(self.packing.unpack(z)), out)
+
+    @property
+    def select(self) -> Any:
+        select = getattr(self.f, "select", None)
+        return None if select is None else lambda samples: Packed(select(samples), self.packing)
+
+    @property
+    def module(self) -> Any:
+        """With `inputs` and `given`, what a graph cache asks."""
+        return self.f.module
+
+    @property
+    def inputs(self) -> Any:
+        return self.f.inputs
+
+    def given(self, inputs: Any) -> "Packed":
+        return Packed(self.f.given(inputs), self.packing)
+
+
+def packed(name: str, f: Any, z: Any) -> tuple[Any, Any, Packing | None]:
+    """f and z as a solver takes them, and how to see the answer; of one tensor as they are, and None."""
+    if not isinstance(z, tuple | list | dict):
+        return f, z, None
+    packing = Packing(name, z)
+    return Packed(f, packing), packing.pack(z, name), packing
+
+
+def unpacked_errors(packing: Packing | None, throw: bool) -> AbstractContextManager[None]:
+    return nullcontext() if packing is None or not throw else packing.in_errors()
+
+
+def _told(part: Tensor) -> str:
+    return f"{len(part)} samples of {part.dtype} on {part.device}"
+
+
+def _listed(shapes: list[Any]) -> str:
+    return (
+        "[" + ", ".join(str(tuple(each)) if isinstance(each, torch.Size) else each for each in shapes) + "]"
+    )

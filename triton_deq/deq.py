@@ -17,7 +17,7 @@ from .reference.record import accumulate_dtype
 from .solvers import Anderson, Solution, Solver
 from .solvers.graph_cache import GraphCache
 from .solvers.loop import check_solver
-from .solvers.packing import packed
+from .solvers.packing import State, packed
 from .solvers.stopping import Stopping
 from .trees import register
 
@@ -203,13 +203,13 @@ class DEQ(nn.Module):
         self.state_dtype = state_dtype
         self.backend = backend
 
-    def forward(self, x: Any, z0: Tensor | None = None) -> DEQOutput:
+    def forward(self, x: Any, z0: State | None = None) -> DEQOutput:
         """Solve for the equilibrium of x, from z0 or from the cell's initial state."""
         cell: Any = self.cell
         _check_not_sharded(cell)
         return self.from_injection(cell.inject(x), z0)
 
-    def from_injection(self, u: Any, z0: Tensor | None = None) -> DEQOutput:
+    def from_injection(self, u: Any, z0: State | None = None) -> DEQOutput:
         """The same from `u = cell.inject(x)`."""
         if z0 is None:
             z0 = self._initial_state(u)
@@ -248,7 +248,7 @@ class DEQ(nn.Module):
             value, solution = packing.unpack(value), packing.solution(solution)
         return DEQOutput(value, solution, penalty, u)
 
-    def _initial_state(self, u: Any) -> Tensor:
+    def _initial_state(self, u: Any) -> State:
         initial_state: Any = getattr(self.cell, "initial_state", None)
         if initial_state is not None:
             return initial_state(u)

@@ -16,7 +16,7 @@ from .checks import check_count, check_number, check_state
 from .implicit import ImplicitGradient
 from .solvers import Anderson, Solution, Solver, solve
 from .solvers.loop import check_solver
-from .solvers.packing import packed, unpacked_errors
+from .solvers.packing import Map, State, packed, unpacked_errors
 from .solvers.unrolled import unrolled_solve
 
 Function = Callable[[Tensor], Tensor]
@@ -74,8 +74,8 @@ class UnrolledGradient:
 
 
 def fixed_point(
-    f: Function,
-    z0: Tensor,
+    f: Map,
+    z0: State,
     solver: Solver | None = None,
     *,
     tol: float = 1e-3,

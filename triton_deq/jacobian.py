@@ -25,7 +25,7 @@ from .checks import (
 from .ops.jacobian import DISTRIBUTIONS, probe, squared_norm
 from .reference import jacobian as reference
 from .reference.record import accumulate_dtype
-from .solvers.packing import packed
+from .solvers.packing import Map, State, packed
 from .weight_caches import kept_apart
 
 Function = Callable[[Tensor], Tensor]
@@ -37,8 +37,8 @@ KEPT_DRAWS = 64
 
 
 def jacobian_norm(
-    f: Function,
-    z: Tensor,
+    f: Map,
+    z: State,
     probes: int = 1,
     distribution: str = "gaussian",
     generator: torch.Generator | None = None,
@@ -256,7 +256,7 @@ class _Probes:
         return probe(value, self.seed, index, self.distribution, self.name)
 
 
-def spectral_radius(f: Function, z: Tensor, steps: int = 150) -> Tensor:
+def spectral_radius(f: Map, z: State, steps: int = 150) -> Tensor:
     """`max |λ(∂f/∂z)|` of each sample, by restarted Arnoldi iteration on `Jᵀ`.
 
     A power iteration with a Rayleigh quotient is wrong where the largest eigenvalues are a complex pair,
@@ -443,7 +443,7 @@ class JacobianPenalty(nn.Module):
             del self._recent[next(iter(self._recent))]
         return self._drawn
 
-    def forward(self, f: Function, z: Tensor, backend: str = "auto") -> Tensor:
+    def forward(self, f: Map, z: State, backend: str = "auto") -> Tensor:
         """A scalar to add to the loss; zero where τ is 0. Gradients reach what f closes over, and z.
 
         Args:

@@ -18,7 +18,7 @@ from .functional import functional_solve
 from .graph import Replays, usable
 from .graph_cache import GraphCache
 from .layout import Layout, evaluate
-from .packing import packed, unpacked_errors
+from .packing import Map, State, packed, unpacked_errors
 from .solution import NotConverged, Solution, empty_solution
 from .stopping import Lookout, Stopping
 from .while_loop import looped_solve, loops
@@ -33,8 +33,8 @@ class Solver(Protocol):
 
 
 def solve(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
+    f: Map,
+    z0: State,
     solver: Solver | None = None,
     *,
     tol: float = 1e-3,

@@ -1,6 +1,6 @@
 """States of several tensors: one tensor for the solvers, seen apart by f."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..backend import transformed
 from ..checks import check_state, check_value
 from .solution import NotConverged, Solution
+
+State = Any
+"""A tensor `[B, ...]`, or a tuple, list or dict of such."""
+Map = Callable[[Any], Any]
+"""From a state to a state of the same structure."""
 
 
 class Packing:
@@ -112,7 +117,7 @@ class Packed:
         return Packed(self.f.given(inputs), self.packing)
 
 
-def packed(name: str, f: Any, z: Any) -> tuple[Any, Any, Packing | None]:
+def packed(name: str, f: Map, z: State) -> tuple[Any, Any, Packing | None]:
     """f and z as a solver takes them, and how to see the answer; of one tensor as they are, and None."""
     if not isinstance(z, tuple | list | dict):
         return f, z, None

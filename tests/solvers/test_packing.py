@@ -119,7 +119,8 @@ def test_a_deq_of_several_tensors():
     deq = td.DEQ(cell, tol=1e-6, penalty=td.JacobianPenalty(0.5), backend="reference")
     out = deq(x)
     assert out.solution.converged.all()
-    assert [part.shape for part in out.value] == [(4, 5), (4, 5)]
+    for value in (out.value, out.solution.value):
+        assert [part.shape for part in value] == [(4, 5), (4, 5)]
     (out.value[0].square().sum() + out.penalty).backward()
     assert out.penalty.item() > 0
     assert out.solution.backward.converged.all()

@@ -137,7 +137,8 @@ class DEQ(nn.Module):
             `initial_state(u) -> z0`; else the solve starts from zeros like u. For `compact` it needs
             `select(u, samples)`, u for those samples of the batch alone. If it has `vjp(z, u)`, which
             returns its value and `ε ↦ εᵀJ`, gradient and penalty use that. `write(z, u, out)` and
-            `whole_solve(z0, u, solver, stopping, trace)` are as in `solve`, with u.
+            `whole_solve(z0, u, solver, stopping, trace)` are as in `solve`, with u. Where z0 is several
+            tensors, these three are not asked.
         solver: `Anderson()` by default.
         tol, max_steps, residual, norm_over, check_every, compact, debug: as in `solve`.
         graph: as in `solve`, but graphs are kept for inputs of the same shapes and dtypes (of the last 8

@@ -39,8 +39,8 @@ class ImplicitGradient:
     Attributes:
         solver: for u; by default `Anderson(ridge=1e-2)`. Where z is not quite a fixed point yet, I − J may be
             close to singular, and the u of that J many times the gradient that is sought; so much ridge holds
-            back the directions that it would grow in, and costs no products where J contracts. For exact
-            gradients at fixed points where the spectral radius of J is itself above 0.99, give `Anderson()`.
+            back the directions that it would grow in, and costs no products where J contracts well. For exact
+            gradients at fixed points where the spectral radius of J is itself near 1, give `Anderson()`.
         tol: relative residual at which u has converged.
         max_steps: the most vector-Jacobian products.
         throw: raise `NotConverged` in the backward pass where u did not reach the tolerance.

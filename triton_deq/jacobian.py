@@ -428,7 +428,7 @@ class JacobianPenalty(nn.Module):
 
         A second draw before a call takes the place of the first, which was counted.
         """
-        mark = int(torch.randint(2**63 - 1, (), device="cpu"))
+        mark = int(torch.randint(2**63 - 1, (), device="cpu"))  # the same again in a call that is repeated
         if _in_backward() and mark in self._recent:
             self._drawn, self._scale = self._recent[mark]
             return self._drawn

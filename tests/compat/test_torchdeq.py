@@ -347,8 +347,19 @@ def test_an_unknown_option_of_a_solver():
         TypeError, match=r"has no option 'taw' \(did you mean 'tau'\?\).*It has: func, x0, max_iter"
     ):
         compat.anderson_solver(f, x0, taw=0.5)
-    with pytest.warns(UserWarning, match="no option 'lam'"):
-        compat.broyden_solver(f, x0, lam=0.5, strict=False, backend="reference")
+    with pytest.warns(UserWarning, match="no option 'lamb'"):
+        compat.broyden_solver(f, x0, lamb=0.5, strict=False, backend="reference")
+
+
+def test_an_option_of_another_solver_is_passed_by_with_a_warning():
+    """TorchDEQ's own MDEQ gives `tau` to whichever solver its command line names."""
+    f, x0 = problem()
+    plain = compat.broyden_solver(f, x0, backend="reference")[0]
+    with pytest.warns(UserWarning, match="broyden_solver.. has no option 'm', 'tau'.*It is ignored"):
+        given = compat.broyden_solver(f, x0, m=3, tau=0.5, backend="reference")[0]
+    assert torch.equal(given, plain)
+    with pytest.warns(UserWarning, match="'ls'"), pytest.raises(TypeError, match="no option 'lamb'"):
+        compat.fixed_point_iter(f, x0, ls=True, lamb=1.0)
 
 
 @pytest.mark.parametrize(

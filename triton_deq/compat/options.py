@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 OURS = {"strict", "backend"}
@@ -19,10 +19,21 @@ def names_of(function: Callable[..., Any]) -> list[str]:
     return sorted(named, key=OURS.__contains__)
 
 
-def refuse_unknown(function: Callable[..., Any], unknown: Mapping[str, Any], strict: bool) -> None:
-    """Raise TypeError for options that the original would swallow; without `strict`, warn."""
-    if unknown:
-        report(f"{function.__name__}() has no option", unknown, names_of(function), strict)
+def refuse_unknown(
+    function: Callable[..., Any],
+    unknown: Mapping[str, Any],
+    strict: bool,
+    siblings: Collection[Callable[..., Any]] = (),
+) -> None:
+    """Raise TypeError for options that the original would swallow; without `strict`, warn.
+
+    siblings: functions that a program chooses from by name, and hands one set of options to whichever it is:
+    an option of theirs is a warning at most.
+    """
+    theirs = {name for sibling in siblings for name in names_of(sibling)}
+    for names, refused in ((unknown.keys() & theirs, False), (unknown.keys() - theirs, strict)):
+        if names:
+            report(f"{function.__name__}() has no option", sorted(names), names_of(function), refused)
 
 
 def report(

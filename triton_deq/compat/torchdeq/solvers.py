@@ -53,7 +53,8 @@ def anderson_solver(
         lam: an absolute ridge on the Gram matrix.
         tau: the weight of f(x) against x.
         return_final: take all steps, and return the last value.
-        strict: an unknown option is an error; else a warning.
+        strict: an option that none of TorchDEQ's solvers has is an error; else a warning. One that another
+            of them has is a warning always: programs hand `tau` to whichever solver they are told to use.
         backend: "auto", "triton", "reference" or "numba"; see `solve`.
 
     Returns:
@@ -62,7 +63,7 @@ def anderson_solver(
     Raises:
         TypeError, ValueError: an argument that cannot be, or an unknown option.
     """
-    refuse_unknown(anderson_solver, unknown, strict)
+    refuse_unknown(anderson_solver, unknown, strict, SOLVERS)
     check_count("m", m)
     check_number("lam", lam, 0)
     check_number("tau", tau, 0, 1, open_low=True)
@@ -116,7 +117,7 @@ def broyden_solver(
     Raises:
         As `anderson_solver`.
     """
-    refuse_unknown(broyden_solver, unknown, strict)
+    refuse_unknown(broyden_solver, unknown, strict, SOLVERS)
     if LBFGS_thres is not None:
         check_count("LBFGS_thres", LBFGS_thres)
     watch = Watch(x0, max_iter, tol, stop_mode, indexing, return_final, uncounted=1)
@@ -167,7 +168,7 @@ def fixed_point_iter(
     Raises:
         As `anderson_solver`.
     """
-    refuse_unknown(fixed_point_iter, unknown, strict)
+    refuse_unknown(fixed_point_iter, unknown, strict, SOLVERS)
     check_number("tau", tau, 0, 1, open_low=True)
     watch = Watch(x0, max_iter, tol, stop_mode, indexing, return_final)
     if x0.numel() == 0:
@@ -190,3 +191,6 @@ def fixed_point_iter(
             backend=backend,
         )
     return watch.run(iteration, max_iter, gives_value=True)
+
+
+SOLVERS = (anderson_solver, broyden_solver, fixed_point_iter)

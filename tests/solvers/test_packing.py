@@ -74,6 +74,23 @@ def test_any_shapes_in_any_structure(backend, device):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_list_is_as_good_as_a_tuple_and_a_dict_has_no_order():
+    f, _, _ = recurrent()
+    h0, c0 = zeros((4, 5), (4, 5))
+    wanted = td.solve(f, (h0, c0), **TIGHT).value
+
+    def by_name(z):
+        (h, c), (same,) = f((z["h"][0], z["c"])), z["h"]
+        return {"c": c, "h": (h + 0 * same,)}
+
+    found = td.solve(lambda z: f(tuple(z)), [h0, c0], **TIGHT).value
+    named = td.solve(by_name, {"h": [h0], "c": c0}, **TIGHT).value
+    assert (type(found), list(named), type(named["h"])) == (list, ["h", "c"], list)
+    for one, other, third in zip(wanted, found, (named["h"][0], named["c"]), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+
+
 def test_norm_radius_and_penalty():
     f, by_hand, parameters = recurrent()
     h, c = torch.randn(2, 4, 5, dtype=torch.float64).unbind()
@@ -206,9 +223,11 @@ def test_a_state_that_cannot_be(z0, error, message):
     ("f", "error", "message"),
     [
         (lambda z: z[0], ValueError, r"f\(z\) is a Tensor of shapes .*\(5,\)"),
-        (lambda z: list(z), ValueError, "f.z. is a list"),
-        (lambda z: (z[0], z[1][:, :3]), ValueError, r"\(5,\), \(3,\)"),
+        (lambda z: {"h": z[0], "c": z[1]}, ValueError, r"f.z. is a dict of shapes \[h: \(5,\), c: \(5,\)\]"),
+        (lambda z: (*z, z[0]), ValueError, r"f.z. is a tuple of shapes .*2: \(5,\)"),
+        (lambda z: (z[0], z[1][:, :3]), ValueError, r"0: \(5,\), 1: \(3,\)"),
         (lambda z: (z[0], None), ValueError, "NoneType"),
+        (lambda z: (z[0], z[1].mean()), ValueError, "1: Tensor"),
         (lambda z: (z[0].float(), z[1].float()), TypeError, "dtype torch.float32"),
         (lambda z: (z[0][:2], z[1][:2]), ValueError, r"shape \(2, 10\), z has \(4, 10\)"),
     ],

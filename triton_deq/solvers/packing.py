@@ -16,14 +16,17 @@ from .solution import NotConverged, Solution
 State = Any
 """A tensor `[B, ...]`, or a tuple, list or dict of such."""
 Map = Callable[[Any], Any]
-"""From a state to a state of the same structure."""
+"""From a state to a state of the same structure, where a list is as good as a tuple."""
+Path = tuple[Any, ...]
+"""The keys and indices that lead to a tensor of a state."""
 
 
 class Packing:
     """How the tensors `[B, ...]` of a tuple, list or dict lie beside each other in one `[B, N]`."""
 
     def __init__(self, name: str, state: Any):
-        parts, self._kind = tree_flatten(state)
+        leaves = _leaves(state)
+        parts = list(leaves.values())
         if not parts or not all(isinstance(part, Tensor) for part in parts):
             kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"
             raise TypeError(
@@ -37,8 +40,9 @@ class Packing:
                     f"tensor {place} of {name} has {_told(part)}, and the first has {_told(parts[0])}: a "
                     "state needs one number of samples, one dtype and one device"
                 )
-        self._shapes = [part.shape[1:] for part in parts]
-        self._sizes = [shape.numel() for shape in self._shapes]
+        self._kind = tree_flatten(state)[1]
+        self._shapes = _shapes(leaves)
+        self._sizes = [part.shape[1:].numel() for part in parts]
 
     def pack(self, state: Any, name: str = "f(z)") -> Tensor:
         """`[B, N]`, of a state of the same structure."""
@@ -54,17 +58,19 @@ class Packing:
     def unpack(self, rows: Tensor) -> Any:
         """The state again, of views."""
         parts = rows.split(self._sizes, dim=1)
-        views = [part.view(len(rows), *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        shapes = self._shapes.values()
+        views = [part.view(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)]
         return tree_unflatten(views, self._kind)
 
     def _rows(self, state: Any, name: str) -> list[Tensor]:
-        parts, kind = tree_flatten(state)
-        shapes = [part.shape[1:] if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        if kind != self._kind or shapes != self._shapes:
+        leaves = _leaves(state)
+        shapes = _shapes(leaves)
+        if shapes != self._shapes:
             raise ValueError(
                 f"{name} is a {type(state).__name__} of shapes {_listed(shapes)} beside the samples, and the "
                 f"state has {_listed(self._shapes)}: a fixed point needs one structure; check f, or z0"
             )
+        parts = [leaves[path] for path in self._shapes]
         return [part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts]
 
     def solution(self, solution: Solution) -> Solution:
@@ -133,7 +139,28 @@ def _told(part: Tensor) -> str:
     return f"{len(part)} samples of {part.dtype} on {part.device}"
 
 
-def _listed(shapes: list[Any]) -> str:
-    return (
-        "[" + ", ".join(str(tuple(each)) if isinstance(each, torch.Size) else each for each in shapes) + "]"
-    )
+def _leaves(state: Any) -> dict[Path, Any]:
+    """What a state is made of, each under its keys: `(h, c)` and `[h, c]` are the same, and in any order."""
+    if isinstance(state, dict):
+        parts = state.items()
+    elif isinstance(state, tuple | list):
+        parts = dict(enumerate(state)).items()
+    else:
+        return {(): state}
+    return {(key, *path): leaf for key, part in parts for path, leaf in _leaves(part).items()}
+
+
+def _shapes(leaves: dict[Path, Any]) -> dict[Path, Any]:
+    """Those of tensors beside the samples, else what there is instead."""
+    return {
+        path: leaf.shape[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0 else type(leaf).__name__
+        for path, leaf in leaves.items()
+    }
+
+
+def _listed(shapes: dict[Path, Any]) -> str:
+    named = [
+        f"{'.'.join(map(str, path))}: {tuple(each) if isinstance(each, torch.Size) else each}"
+        for path, each in shapes.items()
+    ]
+    return f"[{', '.join(named)}]"

@@ -316,6 +316,30 @@ def test_an_exported_program_is_saved_and_serves_any_batch(instance):
     assert torch.equal(found.solution.status, wanted.solution.status)
 
 
+@pytest.mark.parametrize("solver", [td.Anderson(3), td.Broyden(3), td.Picard()], ids=str)
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_an_exported_program_may_have_a_loop(strict, solver):
+    module = td.DEQ(td.MLPCell(6, 4, activation="tanh"), solver, graph=True, max_steps=40, tol=1e-5).eval()
+    x = torch.randn(3, 4)
+    # PyTorch makes a loop for one batch size where it traces without Dynamo.
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if strict else None
+    with torch.no_grad():
+        exported = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=strict)
+    assert [node.target for node in exported.graph.nodes].count(torch.ops.higher_order.while_loop) == 1
+    larger = torch.cat([x, x[:1] + 1]) if strict else x + 1
+    module.graph = False
+    found, wanted = exported.module()(larger), module(larger)
+    torch.testing.assert_close(found.value, wanted.value, rtol=1e-4, atol=1e-5)
+    assert found.solution.nfe == wanted.solution.nfe < 40
+    assert found.solution.path == "compiled loop"
+    if not while_loop.NEEDS_CARE:  # earlier ones can neither save a loop nor compile it ahead of time
+        stream = io.BytesIO()
+        torch.export.save(exported, stream)
+        stream.seek(0)
+        again = torch.export.load(stream).module()(larger)
+        assert torch.equal(again.value, found.value)
+
+
 @pytest.mark.parametrize(
     "options", [{"throw": True}, {"compact": 0.5}, {"debug": True}, {"graph": True}], ids=str
 )

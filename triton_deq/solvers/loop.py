@@ -88,9 +88,9 @@ def solve(
             Python runs between them. The host looks once a cycle (a multiple of the history, at least 4
             steps), so f may be evaluated a cycle too often. f must be capturable: no read of the device by
             the host. The graph lasts for this solve; that of a `DEQ` is used again. On a CPU it warns and
-            does nothing. Inside torch.compile, on any device: take the steps in a `torch.while_loop`, which
-            has f compiled once and ends with the last sample that runs; without it all of max_steps are
-            written out. There f may not change a buffer, as batch norm does in training.
+            does nothing. Inside torch.compile and torch.export, on any device: take the steps in a
+            `torch.while_loop`, which has f in it once and ends with the last sample that runs; without it
+            all of max_steps are written out. There f may not change a buffer, as batch norm does in training.
         backend: "auto", "triton", "reference", or "numba": the reference with the solver's steps compiled for
             a CPU, in float32 or float64, and an `MDEQCell`'s GroupNorm, in bfloat16 too. "auto" takes that
             where it pays and Numba can be imported.

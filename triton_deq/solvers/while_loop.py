@@ -1,4 +1,4 @@
-"""The loop as one operator of torch.compile: f is compiled once, and evaluated until no sample runs."""
+"""The loop as one operator of a graph: f is in it once, and is evaluated until no sample runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +20,9 @@ NEEDS_CARE = torch.__version__ < "2.15"
 
 
 def loops(graph: Any) -> bool:
-    """Whether `graph`, as `solve` takes it, asks for a loop where torch.compile looks on."""
+    """Whether `graph`, as `solve` takes it, asks for a loop where torch.compile or torch.export looks on."""
     asked = isinstance(graph, GraphCache) or bool(graph)  # torch.compile 2.11 knows no truth of an object
-    return asked and torch.compiler.is_dynamo_compiling()
+    return asked and (torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting())
 
 
 def check_donation() -> None:

@@ -2,7 +2,8 @@
 
 The model is that of `examples/from_textbook_before.py`, whose layer stops contracting within some steps of
 training: then forward solves end at their cap, short of a fixed point, and backward solves have a Jacobian
-there that may be close to I. Beside them the textbook's own solves, and phantom gradients.
+there that may be close to I. Beside them the textbook's own solves, phantom gradients, and what SHINE makes
+of the inverse Jacobian that a forward solve by Broyden's method has estimated.
 """
 
 import importlib.util
@@ -27,16 +28,20 @@ RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 class Equilibrium(nn.Module):
     """The textbook's model by this library, with the gradient to look at."""
 
-    def __init__(self, f: nn.Module, gradient: td.ImplicitGradient | td.PhantomGradient):
+    def __init__(
+        self, f: nn.Module, gradient: td.ImplicitGradient | td.PhantomGradient, solver: Solver | None = None
+    ):
         super().__init__()
         self.f = f
         self.gradient = gradient
+        self.solver = solver
         self.evaluations = 0
 
     def forward(self, x: Tensor) -> Tensor:
         z, solution = td.fixed_point(
             lambda z: self.f(z, x),
             torch.zeros_like(x),
+            self.solver,
             tol=1e-3,
             max_steps=50,
             gradient=self.gradient,
@@ -53,6 +58,15 @@ def damping(seeds: int, steps: int, output: Path) -> int:
         **{f"ridge={ridge:g}": _implicit(td.Anderson(ridge=ridge)) for ridge in RIDGES},
         "Broyden": _implicit(td.Broyden(memory=30)),
         "5 phantom steps": lambda f: Equilibrium(f, td.PhantomGradient(steps=5)),
+        **{
+            f"{name}, forward by Broyden": _after_broyden(gradient)
+            for name, gradient in (
+                ("ridge=0.01", td.ImplicitGradient()),
+                ("SHINE as a start", td.ImplicitGradient(shine="start")),
+                ("SHINE alone", td.ImplicitGradient(shine="alone")),
+                ("1 phantom step", td.PhantomGradient()),
+            )
+        },
         "the textbook's solves": example.DEQ,
     }
     about = environment("cpu")
@@ -66,12 +80,16 @@ def damping(seeds: int, steps: int, output: Path) -> int:
             midway, end, evaluations = (
                 sum(run[name] for run in runs) / seeds for name in ("loss_midway", "loss", "evaluations")
             )
-            print(f"{way:<24} loss midway {midway:.3f}, at the end {end:.3f}, {evaluations:.1f} evaluations")
+            print(f"{way:<34} loss midway {midway:.3f}, at the end {end:.3f}, {evaluations:.1f} evaluations")
     return 0
 
 
 def _implicit(solver: Solver) -> Callable[[nn.Module], nn.Module]:
     return lambda f: Equilibrium(f, td.ImplicitGradient(solver))
+
+
+def _after_broyden(gradient: td.ImplicitGradient | td.PhantomGradient) -> Callable[[nn.Module], nn.Module]:
+    return lambda f: Equilibrium(f, gradient, td.Broyden(memory=50))
 
 
 def _example() -> ModuleType:

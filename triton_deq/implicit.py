@@ -25,6 +25,12 @@ from .solvers.while_loop import check_donation, looped_solve, loops
 
 Function = Callable[[Tensor], Tensor]
 
+SHINE_GROWTH = 4.0
+"""How many times as long as ∂ℓ/∂z* a u of SHINE's may be. Where a forward solve ends short of a fixed point,
+its estimate of the inverse is worst, and largest. The exact u of a random J is so long at a spectral radius
+of 0.97.
+"""
+
 
 @dataclass(frozen=True)
 class ImplicitGradient:
@@ -49,7 +55,9 @@ class ImplicitGradient:
         shine: with a `Broyden` forward, use its estimate of the inverse Jacobian as SHINE does (Ramzi et al.,
             arXiv 2106.00553): "start" begins the solve for u there; "alone" takes it for u, without any
             vector-Jacobian product and without a `Solution.backward`: cheap, and as good as the estimate is.
-            Until the backward pass the pairs of the forward solve stay in memory.
+            A sample whose u would be more than four times as long as ∂ℓ/∂z* takes that instead, as
+            Jacobian-free backpropagation does. Until the backward pass the pairs of the forward solve stay in
+            memory.
         double_backward: let the gradient be differentiated once more, as a loss on forces or a gradient
             penalty does (`create_graph=True`; f then needs second derivatives). f is evaluated with a graph
             twice instead of once, and a second derivative takes two more linear solves, of Jᵀ and of J.
@@ -177,14 +185,20 @@ class ImplicitGradient:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """`u ≈ g (I − J)⁻¹` from what a Broyden solve has left behind."""
+    """`u ≈ g (I − J)⁻¹` from what a Broyden solve has left behind, or g where that is much longer."""
 
     solver: Broyden
     state: Any
     layout: Layout
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return self.layout.unrows(self.solver.adjoint(self.state, self.layout.rows(grad)))
+        g = self.layout.rows(grad)
+        u = self.solver.adjoint(self.state, g)
+        length, given = (
+            torch.linalg.vector_norm(rows, dim=1, dtype=accumulate_dtype(rows.dtype)) for rows in (u, g)
+        )
+        fits = length <= SHINE_GROWTH * given  # false for NaN
+        return self.layout.unrows(torch.where(fits[:, None], u, g))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ def check_state(name: str, z: Any) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}: pass a floating tensor [B, ...]")
     if not z.is_floating_point() or z.element_size() < 2:
+        remedy = f"torch.view_as_real({name})" if z.is_complex() else f"{name}.float()"
         raise TypeError(
             f"{name} has dtype {z.dtype}: a state must be real and floating, of 16 bits at least; convert "
-            f"it, e.g. {name}.float()"
+            f"it, e.g. {remedy}"
         )
     if z.dim() == 0:
         raise ValueError(f"{name} is a scalar: a state needs a batch dimension; pass {name}.reshape(1, 1)")

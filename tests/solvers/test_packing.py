@@ -91,6 +91,83 @@ def test_a_list_is_as_good_as_a_tuple_and_a_dict_has_no_order():
         assert torch.equal(one, third)
 
 
+def complex_map():
+    """A complex linear map, the same of its real and imaginary parts, and its weight."""
+    weight = nn.Parameter(0.15 * torch.randn(5, 5, dtype=torch.complex128))
+    x = torch.randn(4, 5, dtype=torch.complex128)
+
+    def in_pairs(z):
+        return torch.view_as_real(torch.view_as_complex(z.unflatten(1, (5, 2))) @ weight + x).flatten(1)
+
+    return lambda z: z @ weight + x, in_pairs, weight
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_a_complex_state_is_its_real_and_imaginary_parts(solver, gradient):
+    f, in_pairs, weight = complex_map()
+    options = {**TIGHT, "gradient": gradient, "return_solution": True}
+    z, solution = td.fixed_point(f, torch.zeros(4, 5, dtype=torch.complex128), solver, **options)
+    pairs, wanted = td.fixed_point(in_pairs, *zeros((4, 10)), solver, **options)
+    assert torch.equal(torch.view_as_real(z).flatten(1), pairs)
+    assert torch.equal(torch.view_as_real(solution.value).flatten(1), wanted.value)
+    assert solution.nfe == wanted.nfe
+    (found,) = torch.autograd.grad((z * z.conj()).real.sum() + z.imag.sum(), weight)
+    (expected,) = torch.autograd.grad(pairs.square().sum() + pairs[:, 1::2].sum(), weight)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_norm_and_radius_of_a_complex_map():
+    f, _, weight = complex_map()
+    z = torch.randn(4, 5, dtype=torch.complex128).conj()
+    torch.manual_seed(1)
+    found = td.jacobian_norm(f, z, probes=400).mean()
+    torch.testing.assert_close(found, weight.abs().square().sum() / 5, rtol=0.05, atol=0)
+    radius = torch.linalg.eigvals(weight).abs().max()
+    torch.testing.assert_close(td.spectral_radius(f, z), radius.expand(4), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_complex_beside_real(samples):
+    """An odd number of real ones before them: no pair begins where a complex number may."""
+    x = torch.randn(samples, 3, dtype=torch.complex128)
+
+    def f(z):
+        level = 0.3 * z["field"].abs().mean(1) + 0.1
+        return {"level": level[:, None], "field": (0.2 + 0.3j) * z["field"] * z["level"].cos() + x}
+
+    z0 = {"level": zeros((samples, 1))[0], "field": torch.zeros_like(x)}
+    found = td.solve(f, z0, **TIGHT).value
+    assert found["field"].dtype == torch.complex128
+    for name, value in f(found).items():
+        torch.testing.assert_close(value, found[name], rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match=r"f\(z\) is .*field: \(3,\).*field.real and imaginary: \(3, 2\)"):
+        td.solve(lambda z: {**z, "field": z["field"].real}, z0)
+
+
+def test_a_deq_of_a_complex_state_trains():
+    """The initial state is shaped after the injection, so that is complex."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(0.15 * torch.randn(5, 5, dtype=torch.complex64))
+
+        def inject(self, x):
+            return torch.fft.fft(x)
+
+        def forward(self, z, u):
+            return z @ self.weight + u
+
+    deq = td.DEQ(Cell(), penalty=td.JacobianPenalty(0.1), tol=1e-6).train()
+    out = deq(torch.randn(4, 5))
+    assert out.value.dtype == torch.complex64
+    assert out.solution.converged.all()
+    (out.value.abs().square().mean() + out.penalty).backward()
+    assert deq.cell.weight.grad.isfinite().all()
+    assert out.solution.backward.converged.all()
+
+
 def test_norm_radius_and_penalty():
     f, by_hand, parameters = recurrent()
     h, c = torch.randn(2, 4, 5, dtype=torch.float64).unbind()

@@ -65,9 +65,9 @@ def solve(
             f(z) in out, that is called where the solver has a place for the value, which saves a copy. If it
             has `whole_solve(z0, solver, stopping, trace)`, the kernels are first asked for all of the solve
             (not with compact or debug): it returns the values, a record and the trace, or None to decline.
-        z0: `[B, ...]`, real floating, any strides; not modified. B may be 0. Or a tuple, list or dict of
-            such tensors, of one B, dtype and device: then f takes and gives the same, and so has the value.
-            They are views of one packed `[B, N]`, so a residual is one norm over all of them.
+        z0: `[B, ...]`, real floating, any strides; not modified. B may be 0. Or a complex tensor, or a tuple,
+            list or dict of tensors, of one B, precision and device: then f takes and gives the same, and so
+            has the value. They are views of one packed real `[B, N]`, so a residual is one norm over all.
         solver: `Anderson()` if not given, or `Broyden()`, or `Picard()`.
         tol: the residual at which a sample has converged; 0 takes all of max_steps.
         max_steps: the most evaluations of f.

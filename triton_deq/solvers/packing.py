@@ -1,4 +1,4 @@
-"""States of several tensors: one tensor for the solvers, seen apart by f."""
+"""States of several tensors, and complex ones: one real tensor for the solvers, seen as it is by f."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,15 +14,17 @@ from ..checks import check_state, check_value
 from .solution import NotConverged, Solution
 
 State = Any
-"""A tensor `[B, ...]`, or a tuple, list or dict of such."""
+"""A tensor `[B, ...]`, real or complex, or a tuple, list or dict of such."""
 Map = Callable[[Any], Any]
 """From a state to a state of the same structure, where a list is as good as a tuple."""
 Path = tuple[Any, ...]
 """The keys and indices that lead to a tensor of a state."""
+REAL = "real and imaginary"
+"""The last key to the numbers of a complex tensor."""
 
 
 class Packing:
-    """How the tensors `[B, ...]` of a tuple, list or dict lie beside each other in one `[B, N]`."""
+    """How the tensors `[B, ...]` of a tuple, list or dict lie beside each other in one real `[B, N]`."""
 
     def __init__(self, name: str, state: Any):
         leaves = _leaves(state)
@@ -42,6 +44,7 @@ class Packing:
                 )
         self._kind = tree_flatten(state)[1]
         self._shapes = _shapes(leaves)
+        self._aligned = all(path[-1:] == (REAL,) for path in self._shapes)
         self._sizes = [part.shape[1:].numel() for part in parts]
 
     def pack(self, state: Any, name: str = "f(z)") -> Tensor:
@@ -56,11 +59,20 @@ class Packing:
         torch.cat(rows, dim=1, out=out)
 
     def unpack(self, rows: Tensor) -> Any:
-        """The state again, of views."""
+        """The state again, of views (complex numbers beside real ones are copied)."""
         parts = rows.split(self._sizes, dim=1)
-        shapes = self._shapes.values()
-        views = [part.view(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)]
+        views = [
+            self._seen(path, part.view(len(rows), *shape))
+            for part, (path, shape) in zip(parts, self._shapes.items(), strict=True)
+        ]
         return tree_unflatten(views, self._kind)
+
+    def _seen(self, path: Path, part: Tensor) -> Tensor:
+        if path[-1:] != (REAL,):
+            return part
+        if self._aligned:
+            return torch.view_as_complex(part)
+        return torch.complex(*part.unbind(-1))  # beside real numbers a pair may begin anywhere
 
     def _rows(self, state: Any, name: str) -> list[Tensor]:
         leaves = _leaves(state)
@@ -124,8 +136,8 @@ class Packed:
 
 
 def packed(name: str, f: Map, z: State) -> tuple[Any, Any, Packing | None]:
-    """f and z as a solver takes them, and how to see the answer; of one tensor as they are, and None."""
-    if not isinstance(z, tuple | list | dict):
+    """f and z as a solver takes them, and how to see the answer; of one real tensor as they are, and None."""
+    if (isinstance(z, Tensor) and not z.is_complex()) or not isinstance(z, Tensor | tuple | list | dict):
         return f, z, None
     packing = Packing(name, z)
     return Packed(f, packing), packing.pack(z, name), packing
@@ -145,6 +157,8 @@ def _leaves(state: Any) -> dict[Path, Any]:
         parts = state.items()
     elif isinstance(state, tuple | list):
         parts = dict(enumerate(state)).items()
+    elif isinstance(state, Tensor) and state.is_complex() and state.dim() > 0:
+        return {(REAL,): torch.view_as_real(state.resolve_conj())}
     else:
         return {(): state}
     return {(key, *path): leaf for key, part in parts for path, leaf in _leaves(part).items()}

@@ -42,6 +42,13 @@ def test_forces():
     assert number(r"forces alone: ([\d.]+)", out) == pytest.approx(1, abs=0.1)
 
 
+def test_reconstruct():
+    out = printed("reconstruct.py")
+    before, after = number(r"never seen: ([\d.]+)", out), number(r"missing, ([\d.]+)", out)
+    assert after > before + 3
+    assert "CONVERGED" in out.splitlines()[-2]
+
+
 def test_stabilise():
     without, with_penalty = printed("stabilise.py", "--quick").splitlines()
     assert number(r"([\d.]+)% of the images", without) < 20

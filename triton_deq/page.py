@@ -36,8 +36,11 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
 
 
+SENTENCE = 40
+"""A cell of more letters than this holds words, which may be broken into lines."""
+
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
   color: #222 }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0 1.5rem;
@@ -45,6 +48,7 @@ table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0 1.5rem;
 caption { text-align: left; font-weight: 600; padding: 0.3rem 0 }
 th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
+td.said { text-align: left; white-space: normal }
 th { background: #f5f5f5 } .scroll { overflow-x: auto }
 figure { margin: 1rem 0 2rem } img { max-width: 100% } figcaption, .quiet { color: #555; font-size: 14px }
 """
@@ -84,11 +88,14 @@ def _facts(environment: dict[str, Any], seed: int, rows: str) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
+    rows = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
     caption = f"<caption>{html.escape(table.title)}</caption>"
     return f'<div class="scroll"><table>{caption}\n<tr>{head}</tr>\n{rows}</table></div>'
+
+
+def _cell(text: str) -> str:
+    kind = ' class="said"' if len(text) > SENTENCE else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def _figure(folder: Path, plot: Plot) -> str:

@@ -273,6 +273,10 @@ def test_a_sweep_goes_on_when_memory_runs_out(toys):
     assert "out of memory" in large["error"]
     assert "smaller batch" in large["error"]
     assert small["error"] is None
+    tables = Path("out/index.html").read_text().split("<table>")
+    told = [table for table in tables if "out of memory" in table]
+    assert len(told) == 1, "a reason is as long as all other columns together"
+    assert '<td class="said">' in told[0]
 
 
 def test_nothing_measured_is_a_failure(toys):

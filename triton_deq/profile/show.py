@@ -149,7 +149,8 @@ def _line(found: list[Measured]) -> str:
 
 
 def _section(rows: Rows) -> Section:
-    tables = [_times(rows.written), _work(rows.written), *_parts(rows.written)]
+    measured = [row for row in rows.written if row["error"] is None]
+    tables = [_times(measured), _failed(rows.written), _work(measured), *_parts(measured)]
     return Section("Model and peer", [], [table for table in tables if table.rows])
 
 
@@ -164,24 +165,21 @@ def _times(rows: list[dict[str, Any]]) -> Table:
         "milliseconds a call", "", "p20", "p50", "p80", "expected", f"{unit}/s", "NFE", "backward",
         "× peer", "f alone × peer",
     )  # fmt: skip
-    body = []
-    for row in rows:
-        if row["error"] is not None:
-            body.append((_setting(row), row["name"], row["error"], *[""] * (len(columns) - 3)))
-            continue
-        cells = [_number(row[name]) for name in TIMES]
-        body.append((_setting(row), row["name"], *cells))
+    body = [(_setting(row), row["name"], *(_number(row[name]) for name in TIMES)) for row in rows]
     return Table("Time", columns, body)
+
+
+def _failed(rows: list[dict[str, Any]]) -> Table:
+    body = [(_setting(row), row["name"], row["error"]) for row in rows if row["error"] is not None]
+    return Table("Not measured, and why", ("", "", ""), body)
 
 
 def _work(rows: list[dict[str, Any]]) -> Table:
     columns = ("work of a call", "", *WORK)
-    body = []
-    for row in rows:
-        if row["error"] is not None:
-            continue
-        cells = [_number(row[name], unit) for name, unit in WORK.values()]
-        body.append((_setting(row), row["name"], *cells))
+    body = [
+        (_setting(row), row["name"], *(_number(row[name], unit) for name, unit in WORK.values()))
+        for row in rows
+    ]
     return Table("Memory, operations, bytes, calls", columns, body)
 
 

@@ -103,7 +103,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name}={value!r} must be an int, got {type(value).__name__}: pass e.g. int({name})")
     if value < least:
         raise ValueError(f"{name}={value!r} is too small: it must be at least {least}")
 
@@ -113,7 +113,9 @@ def check_number(
 ) -> None:
     """A finite real number in [low, high], or in (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}={value!r} must be a number, got {type(value).__name__}: pass e.g. float({name})"
+        )
     inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
     if not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"

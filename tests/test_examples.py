@@ -46,7 +46,6 @@ def test_reconstruct():
     out = printed("reconstruct.py")
     before, after = number(r"never seen: ([\d.]+)", out), number(r"missing, ([\d.]+)", out)
     assert after > before + 3
-    assert "CONVERGED" in out.splitlines()[-2]
 
 
 def test_stabilise():

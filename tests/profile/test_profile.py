@@ -277,6 +277,7 @@ def test_a_sweep_goes_on_when_memory_runs_out(toys):
     told = [table for table in tables if "out of memory" in table]
     assert len(told) == 1, "a reason is as long as all other columns together"
     assert '<td class="said">' in told[0]
+    assert tables[1].count("<tr>") == 1 + 3, "only what was measured has times"
 
 
 def test_nothing_measured_is_a_failure(toys):

@@ -194,9 +194,8 @@ class _Estimate:
     def __call__(self, grad: Tensor) -> Tensor:
         g = self.layout.rows(grad)
         u = self.solver.adjoint(self.state, g)
-        length, given = (
-            torch.linalg.vector_norm(rows, dim=1, dtype=accumulate_dtype(rows.dtype)) for rows in (u, g)
-        )
+        # In float64, since the square of a small gradient may be 0 in float32.
+        length, given = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (u, g))
         fits = length <= SHINE_GROWTH * given  # false for NaN
         return self.layout.unrows(torch.where(fits[:, None], u, g))
 

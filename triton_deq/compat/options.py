@@ -30,6 +30,8 @@ def refuse_unknown(
     siblings: functions that a program chooses from by name, and hands one set of options to whichever it is:
     an option of theirs is a warning at most.
     """
+    if not unknown:
+        return  # as in almost every solve, and the names of options take longer to find than a step
     theirs = {name for sibling in siblings for name in names_of(sibling)}
     for names, refused in ((unknown.keys() & theirs, False), (unknown.keys() - theirs, strict)):
         if names:

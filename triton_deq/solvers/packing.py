@@ -1,6 +1,6 @@
 """States of several tensors, and complex ones: one real tensor for the solvers, seen as it is by f."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ class Packing:
                 f"{kinds}: pass floating tensors [B, ...]"
             )
         for place, part in enumerate(parts):
-            check_state(f"tensor {place} of {name}", part)
+            check_state(name if isinstance(state, Tensor) else f"tensor {place} of {name}", part)
             if _told(part) != _told(parts[0]):
                 raise ValueError(
                     f"tensor {place} of {name} has {_told(part)}, and the first has {_told(parts[0])}: a "
@@ -45,7 +45,7 @@ class Packing:
         self._kind = tree_flatten(state)[1]
         self._shapes = _shapes(leaves)
         self._aligned = all(path[-1:] == (REAL,) for path in self._shapes)
-        self._sizes = [part.shape[1:].numel() for part in parts]
+        self._sizes = [shape.numel() for shape in self._shapes.values()]
 
     def pack(self, state: Any, name: str = "f(z)") -> Tensor:
         """`[B, N]`, of a state of the same structure."""
@@ -137,7 +137,7 @@ class Packed:
 
 def packed(name: str, f: Map, z: State) -> tuple[Any, Any, Packing | None]:
     """f and z as a solver takes them, and how to see the answer; of one real tensor as they are, and None."""
-    if (isinstance(z, Tensor) and not z.is_complex()) or not isinstance(z, Tensor | tuple | list | dict):
+    if not (z.is_complex() if isinstance(z, Tensor) else isinstance(z, tuple | list | dict)):
         return f, z, None
     packing = Packing(name, z)
     return Packed(f, packing), packing.pack(z, name), packing
@@ -153,10 +153,11 @@ def _told(part: Tensor) -> str:
 
 def _leaves(state: Any) -> dict[Path, Any]:
     """What a state is made of, each under its keys: `(h, c)` and `[h, c]` are the same, and in any order."""
+    parts: Iterable[tuple[Any, Any]]
     if isinstance(state, dict):
         parts = state.items()
     elif isinstance(state, tuple | list):
-        parts = dict(enumerate(state)).items()
+        parts = enumerate(state)
     elif isinstance(state, Tensor) and state.is_complex() and state.dim() > 0:
         return {(REAL,): torch.view_as_real(state.resolve_conj())}
     else:
@@ -173,8 +174,8 @@ def _shapes(leaves: dict[Path, Any]) -> dict[Path, Any]:
 
 
 def _listed(shapes: dict[Path, Any]) -> str:
-    named = [
-        f"{'.'.join(map(str, path))}: {tuple(each) if isinstance(each, torch.Size) else each}"
-        for path, each in shapes.items()
-    ]
+    named = []
+    for path, each in shapes.items():
+        shape = str(tuple(each)) if isinstance(each, torch.Size) else each
+        named.append(f"{'.'.join(map(str, path))}: {shape}" if path else shape)
     return f"[{', '.join(named)}]"

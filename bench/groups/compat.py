@@ -1,4 +1,4 @@
-"""TorchDEQ's and the authors' own code, as it is and with the one line that puts our solvers in place.
+"""TorchDEQ's, the authors' and the tutorial's code, as it is and on our solvers by one line.
 
 Same f, same input, and the tolerance 0, so that both take the same steps to the same iterates: what differs
 is the solver's own time. "bare f" evaluates f, and for a training step its products, as often.
@@ -18,7 +18,11 @@ from ..problems import Function, Problem, make
 
 GROUP = "compat"
 STEPS = 20
-SOLVERS = {"torchdeq": ("anderson", "broyden", "fixed_point_iter"), "locuslab": ("anderson", "broyden")}
+SOLVERS = {
+    "torchdeq": ("anderson", "broyden", "fixed_point_iter"),
+    "locuslab": ("anderson", "broyden"),
+    "tutorial": ("anderson",),
+}
 FORWARD = {
     "tiny": [("pointwise", (2, 256))],
     "quick": [("pointwise", (32, 1024)), ("pointwise", (32, 16384))],
@@ -47,7 +51,7 @@ def _case(
 ) -> Case:
     problem = make(kind, shape, setting.device, seed=setting.seed, grad=training)
     steps = 4 if setting.scale == "tiny" else STEPS // 2 if training else STEPS
-    layer = {"torchdeq": _torchdeq, "locuslab": _locuslab}[library]
+    layer = {"torchdeq": _torchdeq, "locuslab": _locuslab, "tutorial": _tutorial}[library]
     # Broyden evaluates f once more than it takes steps.
     evaluations = steps + (solver == "broyden")
     calls: dict[str, Callable[[], Layer]] = {
@@ -151,5 +155,23 @@ def _locuslab(solver: str, steps: int, training: bool, ours: bool) -> Layer:
         if not training:
             return z
         return _hooked(f, z, lambda adjoint, grad: result(adjoint, torch.zeros_like(grad)))
+
+    return layer
+
+
+def _tutorial(solver: str, steps: int, training: bool, ours: bool) -> Layer:
+    from triton_deq.compat import tutorial
+    from triton_deq.demo import textbook
+
+    options: dict[str, Any] = {"max_iter": steps} if ours else {"max_steps": steps, "history": 5}
+    solve = partial(getattr(tutorial if ours else textbook, solver), tol=0.0, **options)
+
+    def result(f: Function, z0: Tensor) -> Tensor:
+        return solve(f, z0)[0]
+
+    def layer(f: Function, z0: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = result(f, z0)
+        return _hooked(f, z, result) if training else z
 
     return layer

@@ -1,5 +1,7 @@
 """The authors' solvers on ours, held against their published formulas in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from triton_deq.compat import locuslab as compat
 
 
 def problem(shape=(3, 5, 4), norm=0.7):
-    """A map of `[B, d, L]` with the given Lipschitz constant."""
-    batch, entries = shape[0], shape[1] * shape[2]
+    """A map of `[B, ...]` with the given Lipschitz constant."""
+    batch, entries = shape[0], math.prod(shape[1:])
     weight = torch.randn(entries, entries, dtype=torch.float64)
     weight *= norm / torch.linalg.matrix_norm(weight, 2)
     x = torch.randn(shape, dtype=torch.float64)

@@ -1,5 +1,5 @@
-"""Existing DEQ code on our solvers: `torchdeq`, `locuslab` and `checkpoints` translate names and numbers.
+"""Existing DEQ code on our solvers: names and numbers translated by `torchdeq`, `locuslab` and `tutorial`.
 
-Nothing is imported here, so that `import triton_deq.compat.torchdeq` works without TorchDEQ until its
-`install()` is called.
+`checkpoints` reads trained weights. Nothing is imported here, so that `import triton_deq.compat.torchdeq`
+works without TorchDEQ until its `install()` is called.
 """

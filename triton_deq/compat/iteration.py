@@ -1,7 +1,7 @@
-"""One evaluation of f after another with our solvers, as TorchDEQ and locuslab/deq look at a solve.
+"""One evaluation of f after another with our solvers, as TorchDEQ, locuslab/deq and the tutorial do a solve.
 
-They judge every evaluation in both norms, and let no sample stop by itself. So the two modules decide on the
-host, once an evaluation, and an iteration only stops samples that are not finite.
+They judge every evaluation by norms over the batch, and let no sample stop by itself. So the modules decide
+on the host, once an evaluation, and an iteration only stops samples that are not finite.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,12 @@ STALLED = (30, 3.0, 1.3)
 """Broyden ends when, after so many steps and below so many tolerances, the last residuals differ by less."""
 
 
+def check_packed(x0: Any) -> None:
+    """x0 must be one tensor."""
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}: pack several into one [B, ...]")
+
+
 class Iteration:
     """What the methods share: f on rows, and the best iterate so far.
 
@@ -45,7 +51,7 @@ class Iteration:
     `evaluate` leaves x and f(x) in `x` and `value`, rows `[B, N]`, and gives `‖f(x) − x‖²` and `‖f(x)‖²` of
     each sample, float64 `[B]`, NaN from where a sample is not finite on. `value` stays as it is. `move` then
     goes to the next x, unless that was the last; `best` keeps the x of the lowest residual, if `improved`
-    tells where that is.
+    tells where that is. `going` tells which samples have been finite so far.
     """
 
     unjudged = 0
@@ -59,7 +65,7 @@ class Iteration:
         self._layout = Layout(x0) if x0.dim() > 2 else None
         self.backend, _ = backends.choose(x0, backend)
         self.evaluations = 0
-        self._going = np.ones(x0.shape[0] if x0.dim() else 1, dtype=bool)
+        self.going = np.ones(x0.shape[0] if x0.dim() else 1, dtype=bool)
         self._first: Tensor | None = None
         self._returned: tuple[Tensor, int] | None = None
         self._copies = self.backend == "triton"  # a graph's output is overwritten by the next replay
@@ -102,9 +108,9 @@ class Iteration:
         squares = self._evaluate()
         self.evaluations += 1
         residual_sq, value_sq = squares
-        if not np.isfinite(residual_sq.sum() + value_sq.sum()) or not self._going.all():
-            self._going &= np.isfinite(residual_sq) & np.isfinite(value_sq)
-            return np.where(self._going, residual_sq, np.nan), np.where(self._going, value_sq, np.nan)
+        if not np.isfinite(residual_sq.sum() + value_sq.sum()) or not self.going.all():
+            self.going &= np.isfinite(residual_sq) & np.isfinite(value_sq)
+            return np.where(self.going, residual_sq, np.nan), np.where(self.going, value_sq, np.nan)
         return squares
 
     def _evaluate(self) -> Squares:
@@ -130,7 +136,7 @@ class EngineIteration(Iteration):
         state, step = self._state, self.evaluations - 1
         if self.backend == "reference":
             if improved is not None:
-                keep_best(state, improved, self._going)
+                keep_best(state, improved, self.going)
             if not last:
                 self._mix(step)
             return
@@ -183,11 +189,11 @@ class AndersonIteration(EngineIteration):
 
     def move(self, improved: NDArray[np.bool_] | None, last: bool) -> None:
         super().move(improved, last)
-        if self.evaluations == 1 and self._mixing != 1:
+        if self.evaluations == 1 and self._mixing != 1 and not last:
             self._state.x.copy_(self.value)
 
     def _mix(self, step: int) -> None:
-        anderson_mix(self._state, step, self._going, self._ridge, relative_ridge=False)
+        anderson_mix(self._state, step, self.going, self._ridge, relative_ridge=False)
 
     def _advance(self, step: int, last: bool) -> None:
         anderson_advance(
@@ -239,7 +245,7 @@ class BroydenIteration(EngineIteration):
         super().move(improved, last)
 
     def _mix(self, step: int) -> None:
-        broyden_mix(self._state, step, self._going, self._going)
+        broyden_mix(self._state, step, self.going, self.going)
 
     def _advance(self, step: int, last: bool) -> None:
         broyden_advance(self._state, step, last=last, backend=self.backend, **self._judging)
@@ -293,7 +299,7 @@ class BoundedBroydenIteration(Iteration):
             x, g = self._last
             direction = self._inverse.direction(self.x - x, self._residual - g, self._residual)
         self._last = self.x, self._residual
-        self.x = torch.where(_column(self._going, self.x), (self.x + direction).to(self.x.dtype), self.x)
+        self.x = torch.where(_column(self.going, self.x), (self.x + direction).to(self.x.dtype), self.x)
 
 
 def squares_of(residual: Tensor, value: Tensor) -> Squares:

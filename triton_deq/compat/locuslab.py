@@ -25,7 +25,15 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_number
 from ..jacobian import jacobian_norm_of, spectral_pair_of
 from ..weight_caches import as_solve
-from .iteration import INITIAL, STALLED, AndersonIteration, BroydenIteration, Function, Iteration
+from .iteration import (
+    INITIAL,
+    STALLED,
+    AndersonIteration,
+    BroydenIteration,
+    Function,
+    Iteration,
+    check_packed,
+)
 from .options import refuse_unknown
 
 PROTECTION = {"abs": 1e6, "rel": 1e3}
@@ -158,8 +166,7 @@ class _Watch:
         least: float,
         guarded: bool = False,
     ):
-        if not isinstance(x0, Tensor):
-            raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}: pack several into one [B, ...]")
+        check_packed(x0)
         check_count("threshold", threshold)
         check_number("eps", eps, 0)
         check_choice("stop_mode", stop_mode, ("abs", "rel"))

@@ -14,7 +14,7 @@ TITLES = {
     "training": "Training step of a DEQ, 10 steps forward and 10 backward, milliseconds",
     "language": "DEQ-Transformer at 14 evaluations a solve beside a stacked Transformer-XL, milliseconds",
     "transformer": "DEQ-Transformer: its layer, the penalty on it, the model at 14 evaluations, milliseconds",
-    "compat": "TorchDEQ's and the authors' code with our solvers put in, and as it is, milliseconds",
+    "compat": "TorchDEQ, locuslab/deq and the tutorial, on our solvers and as they are, milliseconds",
     "images": "Multiscale DEQ: its layer, the penalty on it, the model at 14 evaluations, milliseconds",
 }
 """The groups that are comparisons, in the order of the report."""

@@ -13,4 +13,5 @@ setup(
         "triton_deq.kernels.catalog",
     ],
     package_dir={"triton_deq.kernels": "kernels"},
+    package_data={"triton_deq": ["py.typed"]},  # type checkers read our annotations only where it lies
 )

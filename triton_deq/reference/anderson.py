@@ -151,7 +151,8 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     x, fx = (tensor if tensor.dtype == wide else tensor.to(wide) for tensor in (state.x, fx))
 
     torch.sub(fx, x, out=residual)
-    if mixing != 1:
+    torch.linalg.vector_norm(fx, dim=1, out=views.value_sq).square_()
+    if mixing != 1:  # over fx, where f has left it in this slot
         torch.lerp(x, fx, mixing, out=iterate)
     elif fx.data_ptr() != iterate.data_ptr():  # else f has left it there
         iterate.copy_(fx)
@@ -161,7 +162,6 @@ def anderson_residual(state: AndersonState, fx: Tensor, step: int, mixing: float
     else:  # A row times a matrix: inside a solve the other orientation took longer.
         row = torch.bmm(residual[:, None], first(filled, views.residuals_of))
         first(filled, views.products).copy_(row)
-    torch.linalg.vector_norm(fx, dim=1, out=views.value_sq).square_()
     state.sums = None
 
 

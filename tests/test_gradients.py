@@ -404,3 +404,12 @@ def test_unrolled_keeps_the_best_iterate_where_later_ones_are_worse():
     torch.testing.assert_close(value, torch.full_like(z0, 0.9))
     torch.testing.assert_close(solution.residual, torch.full((2,), 0.2 * 3**0.5, dtype=torch.float64))
     torch.testing.assert_close(td.solve(function(), z0, td.Picard(), **options).value, value)
+
+
+def test_unrolled_that_ends_where_it_began_has_a_gradient_of_zero():
+    f, weight, _ = tanh_map(2, 4)
+    z0 = torch.zeros(2, 4, dtype=torch.float64)
+    z = td.fixed_point(f, z0, gradient=td.UnrolledGradient(), max_steps=1)
+    assert torch.equal(z, z0)
+    (gradient,) = torch.autograd.grad(z.sum(), weight)
+    assert torch.equal(gradient, torch.zeros_like(weight))

@@ -114,6 +114,8 @@ def functional_solve(
         following = mixing.following(x, fx).to(x.dtype)
         x = following if every else torch.where(moving[:, None], following, x)
 
+    if fx.requires_grad and not best.requires_grad:  # no sample is better than at z0: a gradient of zero
+        best = torch.where(torch.zeros_like(improved)[:, None], fx.to(best.dtype), best)
     value = layout.unrows(best)
     return value, solution_of(value, progress, step + 1, torch.stack(traced) if trace else None)
 

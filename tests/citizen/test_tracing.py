@@ -153,6 +153,16 @@ def test_a_loop_that_ends_at_max_steps():
     assert compiled(solve)(x[:0]).value.shape == (0, 2, 2)
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_loop_does_not_mind_the_strides_of_a_value(batch, solver):
+    """Which differ from the state's; and of one sample alone any stride of the first dimension is as good."""
+    weight = torch.randn(6, 6, dtype=torch.float64) / 8
+    solve = lambda x, **graph: td.solve(lambda z: (weight @ z.cos().T).T + x, x, solver, tol=1e-8, **graph)  # noqa: E731
+    x = torch.randn(batch, 6, dtype=torch.float64)
+    torch.testing.assert_close(compiled(solve)(x, graph=True).value, solve(x).value, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("solver", "gradient"), [ALL[0], ALL[4]], ids=str)
 def test_a_training_step_with_loops(undonated, solver, gradient, backend):

@@ -212,7 +212,7 @@ class _Broyden:
 
     def begin(self, x: Tensor) -> tuple[Tensor, ...]:
         rings = _rings(x, self._memory)
-        return *rings, *(ring[:, 0].clone() for ring in rings), x.new_zeros(x.shape[0], dtype=torch.int64)
+        return *rings, *(ring[:, 0] for ring in rings), x.new_zeros(x.shape[0], dtype=torch.int64)
 
     def take_up(self, *carried: Tensor) -> None:
         moves, changes, x, fx, self._count = carried
@@ -222,7 +222,8 @@ class _Broyden:
     def carried(self) -> tuple[Tensor, ...]:
         assert self._last is not None
         assert self._count is not None
-        last = (each.clone() for each in self._last)  # which may be what was handed in
+        # They may be what was handed in, and f's value may have any strides.
+        last = (each.clone(memory_format=torch.contiguous_format) for each in self._last)
         return torch.stack(self._moves, dim=1), torch.stack(self._changes, dim=1), *last, self._count
 
     def following(self, x: Tensor, fx: Tensor) -> Tensor:

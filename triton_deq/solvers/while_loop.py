@@ -67,13 +67,14 @@ def looped_solve(
         best = torch.where(improved[:, None], x, best)
         traced = torch.where(turns >= count, progress.residual, traced)
         following = mixing.following(x, fx).to(x.dtype)
-        x = torch.where(moving[:, None], following, x)
+        x = torch.where(moving[:, None], following, x).contiguous()  # it may have the strides of f's value
         return count + 1, traced, x, best, *progress, *mixing.carried
 
     count = start.new_zeros((), dtype=torch.int64)
     traced = start.new_zeros(len(turns), len(start), dtype=torch.float64)
     begun = count, traced, start, start, *Progress.begin(start), *mixing_of(solver).begin(start)
-    apart = tuple(each.clone() for each in begun)  # a loop refuses two of one memory, and z0 itself
+    # A loop refuses two of one memory, z0 itself, and strides that change, if only of one sample.
+    apart = tuple(each.clone(memory_format=torch.contiguous_format) for each in begun)
     count, traced, _, best, *rest = torch.while_loop(goes_on, step, apart)
     progress = Progress(*rest[:known])
     return solution_of(layout.unrows(best), progress, count, traced if trace else None, "compiled loop")

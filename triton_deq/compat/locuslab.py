@@ -6,8 +6,8 @@ in place of `from lib.solvers import ...` and `from lib.jacobian import ...`. Ba
 2006.08656 and 2106.14342. In float64 the iterates are those of their formulas; what differs is what goes
 wrong there:
 
-- Anderson runs on any PyTorch (theirs calls `torch.solve`, which is gone), and a singular Gram matrix makes a
-  plain step of that sample.
+- Anderson runs on any PyTorch (theirs calls `torch.solve`, which is gone). A singular Gram matrix, or weights
+  that would amplify rounding (that sum to more than 1e4), make a plain step of that sample.
 - With a threshold that leaves no step to judge, or where nothing was finite, the best iterate comes back.
 - A sample that is not finite is left out of the norms over the batch.
 - Gram matrix and solve are in float32 or better, so bfloat16 and float16 states work; an empty batch too.

@@ -10,7 +10,7 @@ In float64 the iterates are those of TorchDEQ; what differs is what goes wrong t
 
 - A sample that is not finite holds nobody up, and its best finite iterate comes back.
 - Gram matrix and solve are in float32 or better, so bfloat16 and float16 states work; an empty batch too.
-- Anderson's weights, where they are of no use, give way to a plain step of that sample.
+- Weights that would amplify rounding (that sum to more than 1e4) give way to a plain step of that sample.
 - `indexing` gives a state for every index asked for: a solve that ended before it gives its result again.
   (TorchDEQ leaves them out, and `DEQIndexing` then pairs the states with the wrong gradients.)
 - With fewer than three evaluations `anderson` returns the better of them, not x0.

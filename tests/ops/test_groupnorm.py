@@ -322,6 +322,20 @@ def test_maps_of_other_kinds_side_by_side(odd, backend, device):
         assert given[1].x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 1, 5), (3, 6, 5, 1), (1, 6, 2, 5)], ids=str)
+def test_the_stride_of_a_single_row_says_nothing(shape, backend, device):
+    """PyTorch's own operator takes it for the map's layout, and refuses the map."""
+    x = maps(*shape, device=device)
+    strides = [999 if size == 1 else stride for size, stride in zip(shape, x.stride(), strict=True)]
+    x = x.as_strided(shape, strides).detach().requires_grad_()
+    value = op.groupnorm(x, 2, backend=backend)
+    plain = group_norm(x.contiguous(), 2)
+    torch.testing.assert_close(value, plain)
+    vector = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, x, vector)
+    torch.testing.assert_close(torch.autograd.grad(value, x, vector), wanted)
+
+
 @pytest.mark.parametrize("size", [(3, 4), (1, 4), (4, 1), (1, 1)])
 def test_some_channels_of_a_map(size, backend, monkeypatch, device):
     """As a convolution gives them that serves several; read as they lie where that can be seen."""

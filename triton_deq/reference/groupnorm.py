@@ -211,4 +211,10 @@ def layout_of(x: Tensor) -> torch.memory_format:
 def taken(x: Tensor) -> Tensor:
     """The map as PyTorch's GroupNorm takes it: channels-last, too, on a CPU alone."""
     layout = layout_of(x) if x.device.type == "cpu" else torch.contiguous_format
-    return x.contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=layout)
+    if layout is torch.channels_last:
+        _, channels, height, width = x.shape
+        # Of one row or column any stride is as good, but PyTorch tells the layout by it, and refuses the map.
+        if x.stride() != (channels * height * width, 1, channels * width, channels):
+            return x.clone(memory_format=layout)
+    return x

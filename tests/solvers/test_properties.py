@@ -50,7 +50,14 @@ class Map:
         return self.act(z.reshape(len(z), -1) @ self.weight + self.offset).view(z.shape)
 
     def select(self, samples):
-        return Map(self.act, self.weight, self.offset[samples])
+        return type(self)(self.act, self.weight, self.offset[samples])
+
+
+class WritingMap(Map):
+    """One that leaves its value in the solver's history."""
+
+    def write(self, z, out):
+        out.copy_(self(z))
 
 
 @st.composite
@@ -68,7 +75,8 @@ def problems(draw):
     act = draw(st.sampled_from([torch.tanh, torch.relu, torch.clone]))
     z0 = draw(st.sampled_from([0.0, 1.0])) * torch.randn(batch, *shape, dtype=torch.float64)
     layout = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
-    return Map(act, weight.to(dtype), offset.to(dtype)), layout(z0.to(dtype))
+    kind = draw(st.sampled_from([Map, WritingMap]))
+    return kind(act, weight.to(dtype), offset.to(dtype)), layout(z0.to(dtype))
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])

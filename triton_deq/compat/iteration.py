@@ -189,7 +189,7 @@ class AndersonIteration(EngineIteration):
 
     def move(self, improved: NDArray[np.bool_] | None, last: bool) -> None:
         super().move(improved, last)
-        if self.evaluations == 1 and self._mixing != 1 and not last:
+        if self.evaluations == 1 and self._mixing != 1:
             self._state.x.copy_(self.value)
 
     def _mix(self, step: int) -> None:

@@ -28,6 +28,13 @@ def test_spectral_radius_of_a_rotation():
     torch.testing.assert_close(radius, torch.full((3,), 0.9, dtype=torch.float64))
 
 
+def test_spectral_radius_of_a_small_state_is_exact_whatever_the_map():
+    """All eigenvalues on a circle: a basis of some of the space does not tell them apart."""
+    matrix = 0.9 * torch.linalg.qr(torch.randn(2, 64, 64, dtype=torch.float64)).Q
+    radius = td.spectral_radius(lambda z: torch.einsum("bij,bj->bi", matrix, z), torch.ones(2, 64).double())
+    torch.testing.assert_close(radius, torch.full((2,), 0.9, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("steps", [21, 29])
 def test_a_few_products_more_spoil_no_complex_pair(steps):
     """The space of one vector has none, and knows less than the one before."""

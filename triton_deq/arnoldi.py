@@ -12,6 +12,9 @@ from .reference.record import accumulate_dtype
 
 Product = Callable[[Tensor], Tensor]
 
+SPACE = 20
+"""Vectors of a basis, before the iteration begins again with what it has found."""
+
 
 def dominant_pair(pullback: Product, value: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The largest modulus of an eigenvalue `[B]`, and the sum of the Ritz vectors `[B, N]` that belong to it.
@@ -27,17 +30,19 @@ def dominant_pair(pullback: Product, value: Tensor, z: Tensor, steps: int) -> tu
     # A fixed start, so that the same question has the same answer.
     generator = torch.Generator(z.device).manual_seed(0)
     start = torch.randn(batch, entries, generator=generator, dtype=wide, device=z.device)
-    size = min(entries, 20)
     tolerance = torch.finfo(wide).eps ** 0.5
     radius = z.new_zeros(batch, dtype=wide)
-    for first in range(0, steps, size):
-        if first > 0 and steps - first < size / 2:  # of a small space: what is known is better
-            break
-        basis, projection, left = arnoldi(transposed, start, min(size, steps - first))
+    taken, size = 0, min(entries, SPACE)
+    while taken == 0 or steps - taken >= size / 2:  # of a smaller space: what is known is better
+        size = min(size, steps - taken)
+        basis, projection, left = arnoldi(transposed, start, size)
         radius, coefficients, beside = largest(projection)
         start = (coefficients[:, None] @ basis)[:, 0]
         if (left * beside <= tolerance * radius).all():
             break
+        taken += size
+        if entries <= steps - taken:
+            size = entries  # a basis of all there is, which leaves nothing over
     return radius, start
 
 

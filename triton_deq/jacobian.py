@@ -263,7 +263,8 @@ def spectral_radius(f: Map, z: State, steps: int = 150) -> Tensor:
     as they often are in a DEQ. A Krylov space of up to 20 vectors holds such a pair, and the eigenvalues of
     J's projection on it (Saad, "Numerical Methods for Large Eigenvalue Problems", 2011, ch. 6) tell its
     modulus. Each cycle starts from the sum of the Ritz vectors that belong to the largest one, until in
-    every sample what they leave of `J x − λ x` is no longer than `√ε |λ|`, with the dtype's ε.
+    every sample what they leave of `J x − λ x` is no longer than `√ε |λ|`, with the dtype's ε. Where steps
+    are left for as many vectors as the state has entries, the next space is all there is.
 
     Args:
         f: from a state to a state; the samples of a batch must not depend on each other. Its `vjp` is used

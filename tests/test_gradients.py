@@ -1,5 +1,6 @@
 """The gradients of a fixed point: against each other, finite differences and the theorem."""
 
+import copy
 import math
 
 import pytest
@@ -152,6 +153,75 @@ def test_the_scale_of_the_loss_does_not_matter(scale):
     (plain,) = torch.autograd.grad(z.sum(), weight, retain_graph=True)
     (scaled,) = torch.autograd.grad(scale * z.sum(), weight)
     torch.testing.assert_close(scaled / scale, plain, rtol=1e-4, atol=1e-6)
+
+
+def half_gradients(z, x, scales):
+    """The gradients of sums of z, each scaled by a power of two, in units of that scale."""
+    leaf = torch.tensor(scales, dtype=z.dtype, device=z.device)
+    return [torch.autograd.grad(z, x, each.expand_as(z), retain_graph=True)[0] / each for each in leaf]
+
+
+@pytest.mark.parametrize("double_backward", [False, True])
+@pytest.mark.parametrize("solver", [td.Anderson(), td.Broyden(), td.Picard()], ids=repr)
+def test_float16_holds_a_loss_of_any_scale_or_says_that_it_does_not(solver, double_backward, backend, device):
+    """u is five times the loss's gradient: at 2¹⁴ too large for float16, which GradScaler must see."""
+    x = torch.zeros(3, 5, dtype=torch.float16, device=device, requires_grad=True)
+    gradient = td.ImplicitGradient(solver, max_steps=40, double_backward=double_backward)
+    z, solution = td.fixed_point(
+        lambda z: 0.8 * z + x,
+        torch.zeros_like(x),
+        gradient=gradient,
+        return_solution=True,
+        backend=backend,
+    )
+    plain, small, large, *lost = half_gradients(z, x, (1.0, 2.0**-17, 2.0**12, 2.0**14, math.inf, math.nan))
+    torch.testing.assert_close(plain, torch.full_like(plain, 5), rtol=0.01, atol=0)
+    torch.testing.assert_close(small, plain, rtol=2.0**-8, atol=0)  # of which float16 has fewer bits there
+    assert torch.equal(large, plain)
+    assert not torch.stack(lost).isfinite().any()
+    torch.autograd.grad(z, x, torch.full_like(z, 4096.0))
+    torch.testing.assert_close(solution.backward.value, 4096 * plain)  # in the loss's units
+
+
+def test_float16_in_torch_func():
+    x = torch.zeros(3, 5, dtype=torch.float16)
+    pull = torch.func.vjp(lambda x: td.fixed_point(lambda z: 0.8 * z + x, torch.zeros_like(x)), x)[1]
+    plain, large, lost = (pull(torch.full_like(x, scale))[0] / scale for scale in (1.0, 2.0**12, 2.0**14))
+    assert torch.equal(large, plain)
+    assert lost.isinf().all()
+
+
+def test_float16_autocast_with_a_gradient_scaler(backend, device):
+    """It halves its scale until u fits, and then the gradient is right."""
+    torch.manual_seed(0)
+    deq = td.DEQ(td.MLPCell(8, 4), max_steps=40, backend=backend).to(device)
+    x = torch.randn(3, 4, device=device)
+    optimizer = torch.optim.SGD(deq.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**18)
+    before = deq.cell.state.weight.clone()
+    steps = 0
+    while torch.equal(deq.cell.state.weight, before):
+        steps += 1
+        assert steps < 10
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            out = deq(x)
+        scaler.scale(out.value.float().square().sum()).backward()
+        scaler.unscale_(optimizer)
+        found = [each.grad.clone() for each in deq.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+    assert steps > 1
+    with torch.no_grad():
+        deq.cell.state.weight.copy_(before)
+    exact = td.DEQ(copy.deepcopy(deq.cell).double(), tol=1e-9, max_steps=60, backend="reference")
+    optimizer.zero_grad()
+    exact(x.double()).value.square().sum().backward()
+    found, wanted = (
+        torch.cat([each.flatten().double().cpu() for each in grads])
+        for grads in (found, [each.grad for each in exact.parameters()])
+    )
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_backward_twice_and_frozen_parameters():

@@ -1,6 +1,7 @@
 """The implicit gradient: a second solve, of vector-Jacobian products, in place of the solver's steps."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +39,8 @@ class ImplicitGradient:
 
     `dℓ/dθ = uᵀ ∂f/∂θ` at the fixed point, where `uᵀ = uᵀJ + ∂ℓ/∂z*` is itself a fixed point of one
     vector-Jacobian product (Bai et al., arXiv 1909.01377, theorem 1). The solve for u starts at ∂ℓ/∂z*
-    and its residual is relative, so the scale of the loss does not matter. z0 gets no gradient; where all
+    and its residual is relative, so the scale of the loss does not matter; where u does not fit float16 it is
+    infinite, as `torch.amp.GradScaler` expects. z0 gets no gradient; where all
     that f closes over is frozen, z* requires none and there is no backward solve.
     `Solution.backward` tells how that solve went.
 
@@ -119,14 +121,15 @@ class ImplicitGradient:
         check_value(value, at)
         if not _has_leaves_beside(at, value):
             return solution.value, solution  # nothing to hand a gradient to
+        autocast = of_autocast(at.device)
         estimate = None
         if isinstance(solver, Broyden) and self.shine is not None and state is not None:
             estimate = _Estimate(solver, state, Layout(at))
         again = None
         if closed is not None and isinstance(graph, GraphCache) and captures(at.device):
-            again = _AdjointMap(f, at, of_autocast(at.device))
+            again = _AdjointMap(f, at, autocast)
         product = _engine_product(value, at) if product is None else product
-        adjoint = _Adjoint(self, solution, backend, graph, estimate, again)
+        adjoint = _Adjoint(self, solution, backend, graph, estimate, again, autocast)
         z = _ImplicitFunction.apply(value, at, product, adjoint)
         if not self.double_backward:
             return z, solution
@@ -154,17 +157,18 @@ class ImplicitGradient:
         at = solution.value.detach()
         value = f(at)
         check_value(value, at)
+        autocast = of_autocast(at.device)
         if torch.compiler.is_compiling():
             looped = loops(options["graph"])
             if looped and value.requires_grad:
                 check_donation()
             layout = Layout(at) if looped else None
-            return _TracedImplicitFunction.apply(value, at, f, self, layout), solution
+            return _TracedImplicitFunction.apply(value, at, f, self, layout, autocast), solution
         if pushed_forward():
             value, tangent = forward_ad.unpack_dual(value)
             if tangent is not None:
                 return self._pushed(f, at, value, tangent), solution
-        return _TransformedImplicitFunction.apply(value, at, f, self, None), solution
+        return _TransformedImplicitFunction.apply(value, at, f, self, None, autocast), solution
 
     def _pushed(self, f: Function, at: Tensor, value: Tensor, tangent: Tensor) -> Tensor:
         """z* with its tangent `ż = J ż + (∂f/∂θ) θ̇`, of which the last term is that of f(z*)."""
@@ -202,7 +206,10 @@ class _Estimate:
 
 @dataclass(frozen=True)
 class _Adjoint:
-    """The linear system `uᵀ = uᵀJ + gᵀ` of one backward pass."""
+    """The linear system `uᵀ = uᵀJ + gᵀ` of one backward pass.
+
+    autocast: as `of_autocast` told in the forward pass.
+    """
 
     gradient: ImplicitGradient
     forward: Solution
@@ -210,19 +217,21 @@ class _Adjoint:
     graph: bool | GraphCache
     estimate: _Estimate | None
     again: "_AdjointMap | None"
+    autocast: tuple[bool, torch.dtype]
     taken: list[Tensor] = field(default_factory=list)
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
         """u, given `product(u) = uᵀJ`; reports to the forward's `Solution.backward`."""
         gradient = self.gradient
+        grad, unit = in_units(grad, self.autocast)
         if gradient.shine == "alone" and self.estimate is not None:
-            return self.estimate(grad)
+            return from_units(self.estimate(grad), unit)
         mapped = _plus(product, grad)
         if self.again is not None:
             mapped = self.again.like(mapped, grad)
         solution = solve(
             mapped,
-            self._start(grad),
+            self._start(grad, unit),
             gradient.solver,
             tol=gradient.tol,
             max_steps=gradient.max_steps,
@@ -230,15 +239,15 @@ class _Adjoint:
             graph=self._graph(grad, mapped),
             backend=self.backend,
         )
-        self._report(solution)
-        return solution.value
+        return self._report(solution, solution.value, unit)
 
     def solve_with_graph(self, product: Function, grad: Tensor) -> Tensor:
         """u as a function of all that the system is made of: itself a fixed point."""
         gradient = replace(self.gradient, double_backward=False, warm_start=False, shine=None)
+        grad, unit = in_units(grad, self.autocast)
         u, solution = gradient.fixed_point(
             lambda x: product(x) + grad,
-            self._start(grad.detach()),
+            self._start(grad.detach(), unit),
             gradient.solver,
             self.backend,
             tol=gradient.tol,
@@ -249,13 +258,16 @@ class _Adjoint:
             graph=False,
             compact=None,
         )
-        self._report(solution)
-        return u
+        return self._report(solution, u, unit)
 
-    def _report(self, solution: Solution) -> None:
+    def _report(self, solution: Solution, u: Tensor, unit: Tensor | None) -> Tensor:
+        """u for a loss of any scale, of which the forward's `Solution.backward` tells."""
+        u = from_units(u, unit)
+        object.__setattr__(solution, "value", u.detach())
         object.__setattr__(self.forward, "backward", solution)
         if self.gradient.warm_start:
-            self.gradient._last["u"] = solution.value
+            self.gradient._last["u"] = u.detach()
+        return u
 
     def is_rounding(self, grad: Tensor) -> bool:
         """Whether `grad` is what rounding has left where all was taken away again."""
@@ -274,15 +286,18 @@ class _Adjoint:
             return False
         return self.graph if isinstance(mapped, _AdjointMap) else bool(self.graph)
 
-    def _start(self, grad: Tensor) -> Tensor:
+    def _start(self, grad: Tensor, unit: Tensor | None) -> Tensor:
         if self.estimate is not None:
             return self.estimate(grad)
         last = self.gradient._last.get("u")
         if last is None or (last.shape, last.dtype, last.device) != (grad.shape, grad.dtype, grad.device):
             return grad
+        last = last if unit is None else last / unit
         # Where g is 0 so is u, but no iterate on its way there is near by the relative residual: begin there.
-        given = (grad != 0).flatten(1).any(dim=1)
-        return torch.where(given.view(-1, *(1,) * (grad.ndim - 1)), last, 0)
+        # Where g is not finite u must not be either, so there, too; nor does a solve begin at what is not.
+        given, finite = grad != 0, grad.isfinite() & last.isfinite()
+        taken = (given.flatten(1).any(dim=1) & finite.flatten(1).all(dim=1)).view(-1, *(1,) * (grad.ndim - 1))
+        return torch.where(taken, last, grad)
 
 
 @dataclass(eq=False)
@@ -317,9 +332,8 @@ class _AdjointMap:
         return _AdjointMap(self.f.given(u), z, tuple(autocast), shift)
 
     def prepare(self) -> None:
-        enabled, dtype = self.autocast
         closed: Any = closed_vjp(self.f)
-        with torch.no_grad(), torch.autocast(self.z.device.type, dtype, enabled):
+        with torch.no_grad(), autocast_again(self.autocast, self.z.device):
             self._map = _plus(closed(self.z)[1], self.shift)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -328,6 +342,35 @@ class _AdjointMap:
     @property
     def write(self) -> Any:
         return self._map.write
+
+
+def autocast_again(autocast: tuple[bool, torch.dtype], device: torch.device) -> AbstractContextManager:
+    """What `of_autocast` told, on again."""
+    enabled, dtype = autocast
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype, enabled)
+
+
+def in_units(grad: Tensor, autocast: tuple[bool, torch.dtype]) -> tuple[Tensor, Tensor | None]:
+    """Where float16 is about, `g / s` and s, a power of two of the size of each sample's largest entry.
+
+    u is s times that of g / s. A u that float16 cannot hold would end its sample's solve, and what is left of
+    it be taken for a gradient. So it is not made before `from_units` makes it infinite, which is what
+    `torch.amp.GradScaler` looks for.
+    """
+    enabled, dtype = autocast
+    if torch.float16 not in (grad.dtype, dtype if enabled else None) or grad.numel() == 0:
+        return grad, None
+    largest = grad.detach().flatten(1).abs().amax(1).float()
+    unit = largest / torch.frexp(largest).mantissa / 2
+    unit = torch.where(unit > 0, unit, 1)  # false for NaN, as where g is 0 or not finite
+    unit = unit.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 1))
+    return grad / unit, unit
+
+
+def from_units(u: Tensor, unit: Tensor | None) -> Tensor:
+    return u if unit is None else u * unit
 
 
 def _has_leaves_beside(at: Tensor, value: Tensor) -> bool:
@@ -418,13 +461,18 @@ class _TracedImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        value: Tensor, at: Tensor, f: Function, gradient: ImplicitGradient, layout: Layout | None
+        value: Tensor,
+        at: Tensor,
+        f: Function,
+        gradient: ImplicitGradient,
+        layout: Layout | None,
+        autocast: tuple[bool, torch.dtype],
     ) -> Tensor:
         return at.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, at, ctx.f, ctx.gradient, ctx.layout = inputs
+        _, at, ctx.f, ctx.gradient, ctx.layout, ctx.autocast = inputs
         ctx.save_for_backward(at)
 
     @staticmethod
@@ -432,16 +480,22 @@ class _TracedImplicitFunction(torch.autograd.Function):
         at = ctx.saved_tensors[0]
         f, gradient = ctx.f, ctx.gradient
         stopping = Stopping(gradient.tol, gradient.max_steps)
+        grad, unit = in_units(grad, ctx.autocast)
+
+        def f_as_it_was(z: Tensor) -> Tensor:
+            with autocast_again(ctx.autocast, z.device):
+                return f(z)
+
         if ctx.layout is not None:
             # A loop cannot take up a product that was begun outside of it: f is evaluated in each step.
-            product = lambda u: torch.func.vjp(f, at)[1](u)[0] + grad  # noqa: E731
+            product = lambda u: torch.func.vjp(f_as_it_was, at)[1](u)[0] + grad  # noqa: E731
             u = looped_solve(product, grad, gradient.solver, stopping, trace=False, layout=ctx.layout).value
         else:
-            pullback = torch.func.vjp(f, at)[1]
+            pullback = torch.func.vjp(f_as_it_was, at)[1]
             u, _ = functional_solve(
                 lambda u: pullback(u)[0] + grad, grad, gradient.solver, stopping, trace=False, looks=False
             )
-        return u, None, None, None, None
+        return from_units(u, unit), None, None, None, None, None
 
 
 class _TransformedImplicitFunction(_TracedImplicitFunction):
@@ -449,7 +503,7 @@ class _TransformedImplicitFunction(_TracedImplicitFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        value, at, ctx.f, ctx.gradient, ctx.layout = inputs
+        value, at, ctx.f, ctx.gradient, ctx.layout, ctx.autocast = inputs
         ctx.save_for_backward(at, value)
 
     @staticmethod

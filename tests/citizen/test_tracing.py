@@ -179,6 +179,65 @@ def test_a_training_step_with_loops(undonated, solver, gradient, backend):
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
 
 
+def under_autocast(function, dtype):
+    def called(*args):
+        with torch.autocast("cpu", dtype):
+            return function(*args)
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("dtype", "graph", "where"),
+    [
+        (torch.bfloat16, False, "inside"),
+        (torch.bfloat16, True, "around"),
+        (torch.float16, True, "inside"),
+        (torch.float16, False, "around"),
+    ],
+    ids=str,
+)
+def test_a_training_step_under_autocast(undonated, dtype, graph, where):
+    """The backward pass is outside of it; f is evaluated there as it was in the forward one."""
+    cell = td.MLPCell(8, 4)
+    x = torch.randn(3, 4)
+
+    def slopes(make, **options):
+        deq = td.DEQ(cell, max_steps=3, gradient=td.ImplicitGradient(max_steps=3), **options)
+        cell.zero_grad()
+        make(lambda x: deq(x).value)(x).float().square().sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in cell.parameters()])
+
+    around = lambda function: under_autocast(function, dtype)  # noqa: E731
+    wanted = slopes(around)
+    make = {"inside": lambda f: compiled(around(f)), "around": lambda f: around(compiled(f))}[where]
+    found = slopes(make, graph=graph)
+    assert (found - wanted).norm() < 4 * torch.finfo(dtype).eps * wanted.norm()
+    assert not torch.equal(found, slopes(lambda function: function))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_pullback_called_outside_autocast(dtype):
+    weight, x = (each.float() for each in problem())
+    seen = []
+
+    def f(z, x):
+        product = z @ weight
+        seen.append(product.dtype)
+        return torch.tanh(product + x).to(z.dtype)
+
+    def solved(x):
+        return td.fixed_point(lambda z: f(z, x), torch.zeros_like(x), max_steps=12)
+
+    value, pull = under_autocast(torch.func.vjp, dtype)(solved, x)
+    x.requires_grad_()
+    wanted = torch.autograd.grad(under_autocast(solved, dtype)(x).sum(), x)[0]
+    evaluations = len(seen)
+    torch.testing.assert_close(pull(torch.ones_like(value))[0], wanted, rtol=0.02, atol=0.02)
+    assert len(seen) > evaluations
+    assert set(seen) == {dtype}
+
+
 def test_a_loop_does_not_give_wrong_gradients(monkeypatch):
     weight, x = problem()
     looped = compiled(lambda weight, x: fixed_point(weight, x, None, None, graph=True))

@@ -162,6 +162,19 @@ class TestBackward:
         assert grad[1:].all()
         assert solution.backward.converged.all()
 
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    def test_warm_start_hides_no_gradient_that_is_not_finite(self, bad):
+        """As an iterate it would be dropped for the finite one before it; and the next pass is well again."""
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        gradient = td.ImplicitGradient(tol=1e-9, max_steps=60, warm_start=True)
+        z = td.fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), gradient=gradient)
+        well = torch.ones_like(z)
+        ill = well.clone()
+        ill[1, 2] = bad
+        found = [torch.autograd.grad(z, x, each, retain_graph=True)[0] for each in (well, ill, well)]
+        assert found[1].isfinite().all(dim=1).tolist() == [True, False, True]
+        torch.testing.assert_close(found[2], found[0])
+
 
 def with_broyden(backend="reference", **fields):
     gradient = td.ImplicitGradient(tol=1e-9, max_steps=60, **fields)

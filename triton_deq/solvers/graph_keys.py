@@ -23,6 +23,9 @@ def of_leaf(leaf: Any) -> Any:
 
 
 def of_autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on, and its dtype; some kinds of devices have none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return False, torch.float32
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 

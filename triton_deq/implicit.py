@@ -18,7 +18,7 @@ from .solvers import Anderson, Broyden, Solution, Solver, solve
 from .solvers.functional import functional_solve
 from .solvers.graph import captures, on_capture_stream
 from .solvers.graph_cache import GraphCache
-from .solvers.graph_keys import of_autocast
+from .solvers.graph_keys import has_autocast, of_autocast
 from .solvers.layout import Layout
 from .solvers.loop import check_solver, solve_and_keep
 from .solvers.stopping import Stopping
@@ -347,9 +347,7 @@ class _AdjointMap:
 def autocast_again(autocast: tuple[bool, torch.dtype], device: torch.device) -> AbstractContextManager:
     """What `of_autocast` told, on again."""
     enabled, dtype = autocast
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, dtype, enabled)
+    return torch.autocast(device.type, dtype, enabled) if has_autocast(device) else nullcontext()
 
 
 def in_units(grad: Tensor, autocast: tuple[bool, torch.dtype]) -> tuple[Tensor, Tensor | None]:

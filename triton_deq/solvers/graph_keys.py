@@ -23,10 +23,15 @@ def of_leaf(leaf: Any) -> Any:
 
 
 def of_autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on, and its dtype; some kinds of devices have none."""
-    if not torch.amp.is_autocast_available(device.type):
+    """Whether autocast is on, and its dtype."""
+    if not has_autocast(device):
         return False, torch.float32
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Not "meta", for one. torch.compile of torch 2.11 cannot ask; what it compiles for has it."""
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
 
 
 def of_mode(device: torch.device) -> Any:

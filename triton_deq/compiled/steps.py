@@ -308,7 +308,8 @@ def _broyden(call, dtype):
         return
     landed = fx.ctypes.data == changes[slot].ctypes.data  # f has left its value where it belongs
     wide = np.empty((3, BLOCK))
-    matrix, weights, used = np.empty((slots, slots)), np.empty(slots), np.empty(slots, np.int64)
+    matrix, scale, weights = np.empty((slots, slots)), np.empty(slots), np.empty(slots)
+    used = np.empty(slots, np.int64)
     weights[0], used[0] = 1, slot  # the open slot, which holds f(x)
     thread, first, end = share(call.threads, batch)
     going[thread] = 0
@@ -336,7 +337,9 @@ def _broyden(call, dtype):
             if squares[b, j] > LEAST_SQUARE:
                 count += 1
                 used[count] = j
-        useful = _pair_weights(gram[b], squares[b], dots[b, 0], used[1 : count + 1], matrix, weights[1:])
+        useful = _pair_weights(
+            gram[b], squares[b], dots[b, 0], used[1 : count + 1], matrix, scale, weights[1:]
+        )
         record[COUNT, b] = min(pairs + 1, slots - 1) if useful else 1
         _combine(b, x, changes, weights, used[: count + 1] if useful else used[:1])
 
@@ -375,20 +378,22 @@ def _broyden_residual(b, fx, x, moves, changes, dots, step, landed, wide):
 
 
 @compiled
-def _pair_weights(gram, squares, right, used, matrix, weights):
+def _pair_weights(gram, squares, right, used, matrix, scale, weights):
     """One sample's c for the pairs `used` into `weights`; returns whether they are of use.
 
-    matrix: [m+1, m+1], to work in
+    matrix: [m+1, m+1] and scale: [m+1], to work in
     """
     size = len(used)
     for i in range(size):
+        scale[i] = 1 / np.sqrt(squares[used[i]])
+    for i in range(size):
         for j in range(size):
-            matrix[i, j] = gram[used[i], used[j]] / np.sqrt(squares[used[i]]) / np.sqrt(squares[used[j]])
-        weights[i] = right[used[i]] / np.sqrt(squares[used[i]])
+            matrix[i, j] = gram[used[i], used[j]] * scale[i] * scale[j]
+        weights[i] = right[used[i]] * scale[i]
     _solve(matrix, weights, size)
     length = 0.0
     for i in range(size):
-        weights[i] /= np.sqrt(squares[used[i]])
+        weights[i] *= scale[i]
         length += abs(weights[i])
     return length <= WEIGHT_LIMIT  # false for NaN
 

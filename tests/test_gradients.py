@@ -191,6 +191,41 @@ def test_float16_in_torch_func():
     assert lost.isinf().all()
 
 
+GRADIENTS = [
+    td.ImplicitGradient(),
+    td.ImplicitGradient(double_backward=True),
+    td.PhantomGradient(2, mixing=0.9),
+    td.UnrolledGradient(),
+]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=repr)
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast_may_choose_the_dtype_of_a_value(packed, gradient, device):
+    """A model that works without autocast works with it; the state keeps its dtype."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 5, device=device)
+    x = torch.randn(4, 5, device=device)
+    z0 = torch.zeros_like(x)
+
+    def slope(autocast):
+        layer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            f = lambda z: torch.tanh(layer(0.5 * z) + layer(x))  # noqa: E731
+            assert f(z0).dtype == (torch.bfloat16 if autocast else torch.float32)
+            if packed:
+                z, other = td.fixed_point(lambda z: (f(z[0]), 0.5 * z[1] + 1), (z0, z0), gradient=gradient)
+                assert other.dtype == torch.float32
+            else:
+                z = td.fixed_point(f, z0, gradient=gradient)
+        assert z.dtype == torch.float32
+        z.square().sum().backward()
+        return layer.weight.grad.clone()
+
+    wanted = slope(False)
+    assert (slope(True) - wanted).norm() < 0.03 * wanted.norm()
+
+
 def test_float16_autocast_with_a_gradient_scaler(backend, device):
     """It halves its scale until u fits, and then the gradient is right."""
     torch.manual_seed(0)

@@ -30,6 +30,15 @@ def check_state(name: str, z: Any) -> None:
         raise TypeError(f"{name} has {what}: a state must be a dense tensor; pass one, e.g. torch.zeros(...)")
 
 
+def as_state(value: Any, z: Tensor) -> Tensor:
+    """f(z), checked to look like z; of z's dtype also where autocast has chosen another one."""
+    if isinstance(value, Tensor) and value.dtype != z.dtype and torch.is_autocast_enabled(z.device.type):
+        check_value(value, z, same_dtype=False)
+        return value.to(z.dtype)
+    check_value(value, z)
+    return value
+
+
 def check_value(value: Any, z: Tensor, *, same_dtype: bool = True, name: str = "f(z)") -> None:
     """f(z) must look like z; without `same_dtype` it may have another floating dtype, as under autocast."""
     if not isinstance(value, Tensor):
@@ -43,8 +52,8 @@ def check_value(value: Any, z: Tensor, *, same_dtype: bool = True, name: str = "
         )
     if not (value.dtype == z.dtype if same_dtype else value.is_floating_point()):
         raise TypeError(
-            f"{name} has dtype {value.dtype}, z has {z.dtype}: cast one of them (under autocast, let f end "
-            "in .to(z.dtype))"
+            f"{name} has dtype {value.dtype}, z has {z.dtype}: cast one of them, e.g. let f end in "
+            ".to(z.dtype)"
         )
     if value.device != z.device:
         raise ValueError(f"{name} is on {value.device}, z on {z.device}: move z0, or f's parameters")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .checks import check_count, check_number, check_state
+from .checks import as_state, check_count, check_number, check_state
 from .implicit import ImplicitGradient
 from .solvers import Anderson, Solution, Solver, solve
 from .solvers.loop import check_solver
@@ -56,7 +56,8 @@ class PhantomGradient:
         solution = solve(f, z0, solver, backend=backend, **options)
         z = solution.value
         for _ in range(self.steps):
-            z = torch.lerp(z, f(z), self.mixing) if self.mixing < 1 else f(z)
+            value = as_state(f(z), z)
+            z = torch.lerp(z, value, self.mixing) if self.mixing < 1 else value
         return z, solution
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
 from .backend import pushed_forward, transformed
-from .checks import check_choice, check_value
+from .checks import as_state, check_choice
 from .jacobian import closed_vjp
 from .reference.record import accumulate_dtype
 from .solvers import Anderson, Broyden, Solution, Solver, solve
@@ -118,7 +118,7 @@ class ImplicitGradient:
         graph = options["graph"]
         with on_capture_stream(at.device, bool(graph)):
             value, product = (f(at), None) if closed is None else closed(at)
-        check_value(value, at)
+            value = as_state(value, at)
         if not _has_leaves_beside(at, value):
             return solution.value, solution  # nothing to hand a gradient to
         autocast = of_autocast(at.device)
@@ -136,7 +136,7 @@ class ImplicitGradient:
         # What f gives back is summed at a node of its own, before it meets what is taken away.
         at = z.view_as(z)
         with on_capture_stream(at.device, bool(graph)):
-            value = f(at)
+            value = as_state(f(at), at)
         return _DoubleImplicitFunction.apply(value, z, _engine_product(value, at), adjoint), solution
 
     def _traced(
@@ -155,20 +155,20 @@ class ImplicitGradient:
             )
         solution = solve(f, z0, solver, backend=backend, **options)
         at = solution.value.detach()
-        value = f(at)
-        check_value(value, at)
+        function = lambda z: as_state(f(z), z)  # noqa: E731
+        value = function(at)
         autocast = of_autocast(at.device)
         if torch.compiler.is_compiling():
             looped = loops(options["graph"])
             if looped and value.requires_grad:
                 check_donation()
             layout = Layout(at) if looped else None
-            return _TracedImplicitFunction.apply(value, at, f, self, layout, autocast), solution
+            return _TracedImplicitFunction.apply(value, at, function, self, layout, autocast), solution
         if pushed_forward():
             value, tangent = forward_ad.unpack_dual(value)
             if tangent is not None:
-                return self._pushed(f, at, value, tangent), solution
-        return _TransformedImplicitFunction.apply(value, at, f, self, None, autocast), solution
+                return self._pushed(function, at, value, tangent), solution
+        return _TransformedImplicitFunction.apply(value, at, function, self, None, autocast), solution
 
     def _pushed(self, f: Function, at: Tensor, value: Tensor, tangent: Tensor) -> Tensor:
         """z* with its tangent `ż = J ż + (∂f/∂θ) θ̇`, of which the last term is that of f(z*)."""

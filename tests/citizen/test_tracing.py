@@ -224,7 +224,7 @@ def test_a_pullback_called_outside_autocast(dtype):
     def f(z, x):
         product = z @ weight
         seen.append(product.dtype)
-        return torch.tanh(product + x).to(z.dtype)
+        return torch.tanh(product + x.to(product.dtype))  # which is not the state's dtype
 
     def solved(x):
         return td.fixed_point(lambda z: f(z, x), torch.zeros_like(x), max_steps=12)

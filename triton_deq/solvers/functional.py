@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_state, check_value
+from ..checks import as_state, check_state
 from ..reference.anderson import LEAST_SQUARE, WEIGHT_LIMIT, anderson_weights
 from ..reference.record import DIVERGENCE, accumulate_dtype
 from ..status import RUNNING, Status
@@ -96,8 +96,8 @@ def functional_solve(
     check_state("z0", z0)
     mixing = mixing_of(solver)
     if z0.numel() == 0:
-        value = f(z0)  # nothing to solve, but the value is still a function of what f closes over
-        check_value(value, z0)
+        # There is nothing to solve, but the value is still a function of what f closes over.
+        value = as_state(f(z0), z0)
         return value, empty_solution(value, trace)
     layout = Layout(z0)
     x = best = layout.rows(z0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_value
+from ..checks import as_state
 
 
 class Layout:
@@ -49,8 +49,7 @@ class Layout:
 def evaluate(f: Callable[[Tensor], Tensor], z: Tensor, debug: bool) -> Tensor:
     """f(z), checked to look like z; with `debug`, z is checked to be what it was."""
     before = z.clone() if debug else None
-    value = f(z)
-    check_value(value, z)
+    value = as_state(f(z), z)
     if before is not None and not torch.equal(before.nan_to_num(), z.nan_to_num()):
         raise RuntimeError(
             "f modified its argument z in place: it is the solver's own buffer; write out of place, or let f "

@@ -59,12 +59,13 @@ def solve(
     evaluated `max_steps` times, and the operators are PyTorch's; the answer is the same.
 
     Args:
-        f: from a state to a tensor of the same shape, dtype and device. The value of a sample may depend on
-            that sample of the state alone: where samples hang together, as the nodes of a graph do, make
-            them one sample. What it raises passes through. If it has a method `write(z, out)` that leaves
-            f(z) in out, that is called where the solver has a place for the value, which saves a copy. If it
-            has `whole_solve(z0, solver, stopping, trace)`, the kernels are first asked for all of the solve
-            (not with compact or debug): it returns the values, a record and the trace, or None to decline.
+        f: from a state to a tensor of the same shape, dtype (autocast may choose another) and device. The
+            value of a sample may depend on that sample of the state alone: where samples hang together, as
+            the nodes of a graph do, make them one sample. What it raises passes through. If it has a method
+            `write(z, out)` that leaves f(z) in out, that is called where the solver has a place for the
+            value, which saves a copy. If it has `whole_solve(z0, solver, stopping, trace)`, the kernels are
+            first asked for all of the solve (not with compact or debug): it returns the values, a record and
+            the trace, or None to decline.
         z0: `[B, ...]`, real floating, any strides; not modified. B may be 0. Or a complex tensor, or a tuple,
             list or dict of tensors, of one B, precision and device: then f takes and gives the same, and so
             has the value. They are views of one packed real `[B, N]`, so a residual is one norm over all.

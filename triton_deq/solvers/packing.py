@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..backend import transformed
-from ..checks import check_state, check_value
+from ..checks import as_state, check_state
 from .solution import NotConverged, Solution
 
 State = Any
@@ -55,8 +55,9 @@ class Packing:
         """The same, left in `out`."""
         rows = self._rows(state, "f(z)")
         if any(each.dtype != out.dtype or len(each) != len(out) for each in rows):
-            check_value(torch.cat(rows, dim=1), out)  # which tells what is wrong
-        torch.cat(rows, dim=1, out=out)
+            out.copy_(as_state(torch.cat(rows, dim=1), out))  # or an error that tells what is wrong
+        else:
+            torch.cat(rows, dim=1, out=out)
 
     def unpack(self, rows: Tensor) -> Any:
         """The state again, of views (complex numbers beside real ones are copied)."""

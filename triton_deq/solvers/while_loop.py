@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config
 
-from ..checks import check_value
+from ..checks import as_state
 from ..status import RUNNING
 from .functional import Progress, judge, mixing_of, solution_of, squares
 from .graph_cache import GraphCache
@@ -48,7 +48,7 @@ def looped_solve(
     `Solution.nfe` is a tensor, and a trace has the last residuals in the rows behind it.
     """
     if z0.numel() == 0:
-        check_value(f(z0), z0)
+        as_state(f(z0), z0)
         return empty_solution(z0, trace)
     layout = Layout(z0) if layout is None else layout
     start = layout.rows(z0)

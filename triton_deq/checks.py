@@ -125,7 +125,7 @@ def check_number(
         raise TypeError(
             f"{name}={value!r} must be a number, got {type(value).__name__}: pass e.g. float({name})"
         )
-    inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+    inside = (low < value if open_low else low <= value) and value <= high and value < math.inf
     if not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"
         raise ValueError(f"{name}={value!r} is outside {interval}: pick a finite number inside")

@@ -179,6 +179,34 @@ def test_a_training_step_with_loops(undonated, solver, gradient, backend):
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize(("graph", "dynamic"), [(False, None), (True, None), (True, True)])
+def test_batches_of_several_sizes(undonated, graph, dynamic):
+    """With `dynamic` numbers are symbols, too, unless that is forbidden: gradients cannot take them."""
+    cell = td.MLPCell(8, 4)
+    options = {"max_steps": 2, "gradient": td.ImplicitGradient(max_steps=2)}
+    deq, eager = td.DEQ(cell, graph=graph, **options), td.DEQ(cell, **options)
+
+    def slopes(model, x):
+        cell.zero_grad()
+        model(x).value.square().sum().backward()
+        return cell.state.weight.grad.clone()
+
+    with torch._dynamo.config.patch(specialize_float=bool(dynamic)):
+        function = torch.compile(deq, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+        for batch in (3, 5):
+            x = torch.randn(batch, 4)
+            torch.testing.assert_close(slopes(function, x), slopes(eager, x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dynamic_solve_has_symbols_for_its_numbers():
+    deq = td.DEQ(td.MLPCell(8, 4), max_steps=3)
+    function = torch.compile(deq, backend="eager", dynamic=True, fullgraph=True)
+    for batch in (3, 5):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(function(x).value, deq(x).value)
+
+
 def under_autocast(function, dtype):
     def called(*args):
         with torch.autocast("cpu", dtype):

@@ -183,6 +183,15 @@ def test_float16_holds_a_loss_of_any_scale_or_says_that_it_does_not(solver, doub
     torch.testing.assert_close(solution.backward.value, 4096 * plain)  # in the loss's units
 
 
+def test_float16_solution_that_is_thrown_has_the_units_of_the_loss():
+    x = torch.zeros(3, 5, dtype=torch.float16, requires_grad=True)
+    gradient = td.ImplicitGradient(td.Picard(), max_steps=2, throw=True)
+    z = td.fixed_point(lambda z: 0.8 * z + x, torch.zeros_like(x), gradient=gradient)
+    with pytest.raises(td.NotConverged) as raised:
+        z.backward(torch.full_like(z, 4096.0))
+    assert (raised.value.solution.value > 4096).all()
+
+
 def test_float16_in_torch_func():
     x = torch.zeros(3, 5, dtype=torch.float16)
     pull = torch.func.vjp(lambda x: td.fixed_point(lambda z: 0.8 * z + x, torch.zeros_like(x)), x)[1]

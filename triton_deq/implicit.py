@@ -20,7 +20,7 @@ from .solvers.graph import captures, on_capture_stream
 from .solvers.graph_cache import GraphCache
 from .solvers.graph_keys import has_autocast, of_autocast
 from .solvers.layout import Layout
-from .solvers.loop import check_solver, solve_and_keep
+from .solvers.loop import check_solver, solve_and_keep, thrown
 from .solvers.stopping import Stopping
 from .solvers.while_loop import check_donation, looped_solve, loops
 
@@ -235,7 +235,6 @@ class _Adjoint:
             gradient.solver,
             tol=gradient.tol,
             max_steps=gradient.max_steps,
-            throw=gradient.throw,
             graph=self._graph(grad, mapped),
             backend=self.backend,
         )
@@ -252,7 +251,7 @@ class _Adjoint:
             self.backend,
             tol=gradient.tol,
             max_steps=gradient.max_steps,
-            throw=gradient.throw,
+            throw=False,
             trace=False,
             debug=False,
             graph=False,
@@ -265,6 +264,7 @@ class _Adjoint:
         u = from_units(u, unit)
         object.__setattr__(solution, "value", u.detach())
         object.__setattr__(self.forward, "backward", solution)
+        thrown(solution, self.gradient.throw)
         if self.gradient.warm_start:
             self.gradient._last["u"] = u.detach()
         return u

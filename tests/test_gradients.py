@@ -183,6 +183,29 @@ def test_float16_holds_a_loss_of_any_scale_or_says_that_it_does_not(solver, doub
     torch.testing.assert_close(solution.backward.value, 4096 * plain)  # in the loss's units
 
 
+@pytest.mark.parametrize("fields", [{"warm_start": True}, {"shine": "start"}, {"shine": "alone"}], ids=str)
+def test_float16_and_where_u_starts(fields):
+    """What is known of u before is in the loss's units, and the solve is not."""
+    x = torch.zeros(3, 5, dtype=torch.float16, requires_grad=True)
+    gradient = td.ImplicitGradient(td.Picard(), max_steps=60, **fields)
+    z, solution = td.fixed_point(
+        lambda z: 0.7 * z + x,
+        torch.ones_like(x),
+        td.Broyden(),
+        tol=1e-4,
+        gradient=gradient,
+        return_solution=True,
+        backend="reference",
+    )
+    plain, large = half_gradients(z, x, (1.0, 2.0**12))
+    accuracy = 0.2 if fields.get("shine") == "alone" else 0.02  # of an estimate, or of a solve
+    torch.testing.assert_close(plain, torch.full_like(x, 1 / 0.3), rtol=accuracy, atol=0)
+    torch.testing.assert_close(large, plain, rtol=0.01, atol=0)
+    if "warm_start" in fields:
+        torch.autograd.grad(z, x, torch.full_like(z, 2.0**12))
+        assert solution.backward.nfe == 1
+
+
 def test_float16_solution_that_is_thrown_has_the_units_of_the_loss():
     x = torch.zeros(3, 5, dtype=torch.float16, requires_grad=True)
     gradient = td.ImplicitGradient(td.Picard(), max_steps=2, throw=True)
@@ -203,6 +226,7 @@ def test_float16_in_torch_func():
 GRADIENTS = [
     td.ImplicitGradient(),
     td.ImplicitGradient(double_backward=True),
+    td.PhantomGradient(),
     td.PhantomGradient(2, mixing=0.9),
     td.UnrolledGradient(),
 ]

@@ -84,6 +84,37 @@ def test_a_deq_uses_its_graphs_again_and_none_is_stale(device):
     agree(xs[2][:1])  # another batch
 
 
+class Plain(td.MLPCell):
+    """A cell that computes in whatever dtype autocast says, and has no closed form."""
+
+    vjp = None
+
+    def forward(self, z, u):
+        return torch.tanh(self.state(z) + u)
+
+
+@kernels
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("make", [Plain, td.MLPCell])
+def test_under_autocast_in_float16(make, device):
+    """The value is cast within the graph, and the backward solve made in units of its gradient."""
+    cell = make(6, 3).to(device)
+    x = torch.randn(2, 3, device=device)
+    found = []
+    for graph in (False, True):
+        deq = td.DEQ(cell, td.Anderson(2), **OPTIONS, state_dtype=torch.float32, graph=graph)
+        cell.zero_grad()
+        with torch.autocast(device, torch.float16):
+            out = deq(x)
+        (1024 * out.value.float().square().sum()).backward()
+        assert out.solution.value.dtype == torch.float32
+        found.append([out.solution.value, *(parameter.grad for parameter in cell.parameters())])
+        assert (out.solution.path == "graph") == graph
+    for plain, graphed in zip(*found, strict=True):
+        # The products may be those of other kernels on a GPU.
+        torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
 @kernels
 @pytest.mark.usefixtures("graphs")
 def test_a_cell_that_reads_something_else_is_captured_anew(device):

@@ -179,6 +179,8 @@ def test_float16_holds_a_loss_of_any_scale_or_says_that_it_does_not(solver, doub
     torch.testing.assert_close(small, plain, rtol=2.0**-8, atol=0)  # of which float16 has fewer bits there
     assert torch.equal(large, plain)
     assert not torch.stack(lost).isfinite().any()
+    of_nothing = torch.autograd.grad(z, x, torch.zeros_like(z), retain_graph=True)[0]
+    assert torch.equal(of_nothing, torch.zeros_like(x))
     torch.autograd.grad(z, x, torch.full_like(z, 4096.0))
     torch.testing.assert_close(solution.backward.value, 4096 * plain)  # in the loss's units
 

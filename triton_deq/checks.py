@@ -25,8 +25,9 @@ def check_state(name: str, z: Any) -> None:
         raise ValueError(f"{name} is a scalar: a state needs a batch dimension; pass {name}.reshape(1, 1)")
     if torch.compiler.is_compiling():  # which cannot trace what follows
         return
-    if z.layout != torch.strided or z.device.type == "meta":
-        what = f"the layout {z.layout}" if z.layout != torch.strided else "no data, being on 'meta'"
+    if z.layout != torch.strided or z.is_nested or z.device.type == "meta":
+        what = "nested samples" if z.is_nested else f"the layout {z.layout}"
+        what = "no data, being on 'meta'" if z.device.type == "meta" else what
         raise TypeError(f"{name} has {what}: a state must be a dense tensor; pass one, e.g. torch.zeros(...)")
 
 

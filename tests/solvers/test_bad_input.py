@@ -10,6 +10,8 @@ from triton_deq import backend as backends
 
 Z0 = torch.zeros(2, 3)
 
+NESTED = torch.nested.as_nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided)
+
 
 def solve(f=lambda z: z / 2, z0=Z0, *args, **kwargs):
     return td.solve(f, z0, *args, backend=kwargs.pop("backend", "reference"), **kwargs)
@@ -48,11 +50,12 @@ def test_what_f_returns(f, error, message, gradient):
         ),
         (torch.zeros(2, 3, dtype=torch.float8_e4m3fn), TypeError, "float8_e4m3fn: .* 16 bits at least"),
         (torch.zeros(2, 3).to_sparse(), TypeError, "layout torch.sparse_coo: a state must be a dense tensor"),
+        (NESTED, TypeError, r"^z0? has nested samples: a state must be a dense tensor"),
         (torch.zeros(2, 3, device="meta"), TypeError, "no data, being on 'meta'"),
         (torch.tensor(1.0), ValueError, r"is a scalar: .*reshape\(1, 1\)"),
         ([1.0], TypeError, "must be a tensor or a tuple, list or dict of tensors, got list of float"),
     ],
-    ids=["integer", "complex scalar", "float8", "sparse", "meta", "scalar", "list"],
+    ids=["integer", "complex scalar", "float8", "sparse", "nested", "meta", "scalar", "list"],
 )
 def test_states(call, z0, error, message):
     with pytest.raises(error, match=message):

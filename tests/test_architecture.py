@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every part of the package with its floor. A part may import from lower floors only; parts on one floor do
 # not know each other. A part is a folder or a file right under triton_deq/; "__init__" is the public names.
 FLOORS = (
-    ("openmp", "status", "environment", "memory", "page", "timing", "trees", "weight_caches"),
+    ("openmp", "status", "environment", "memory", "page", "precision", "timing", "trees", "weight_caches"),
     ("backend",),
     ("checks", "kernels", "emulation"),
     ("reference",),

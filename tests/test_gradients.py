@@ -155,10 +155,13 @@ def test_the_scale_of_the_loss_does_not_matter(scale):
     torch.testing.assert_close(scaled / scale, plain, rtol=1e-4, atol=1e-6)
 
 
-def half_gradients(z, x, scales):
+def half_gradients(z, x, scales, **options):
     """The gradients of sums of z, each scaled by a power of two, in units of that scale."""
-    leaf = torch.tensor(scales, dtype=z.dtype, device=z.device)
-    return [torch.autograd.grad(z, x, each.expand_as(z), retain_graph=True)[0] / each for each in leaf]
+    scales = torch.tensor(scales, dtype=z.dtype, device=z.device)
+    gradients = [
+        torch.autograd.grad(z, x, each.expand_as(z), retain_graph=True, **options) for each in scales
+    ]
+    return [gradient.detach() / each for (gradient,), each in zip(gradients, scales, strict=True)]
 
 
 @pytest.mark.parametrize("double_backward", [False, True])
@@ -174,7 +177,8 @@ def test_float16_holds_a_loss_of_any_scale_or_says_that_it_does_not(solver, doub
         return_solution=True,
         backend=backend,
     )
-    plain, small, large, *lost = half_gradients(z, x, (1.0, 2.0**-17, 2.0**12, 2.0**14, math.inf, math.nan))
+    scales = (1.0, 2.0**-17, 2.0**12, 2.0**14, math.inf, math.nan)
+    plain, small, large, *lost = half_gradients(z, x, scales, create_graph=double_backward)
     torch.testing.assert_close(plain, torch.full_like(plain, 5), rtol=0.01, atol=0)
     torch.testing.assert_close(small, plain, rtol=2.0**-8, atol=0)  # of which float16 has fewer bits there
     assert torch.equal(large, plain)
@@ -264,13 +268,17 @@ def test_autocast_may_choose_the_dtype_of_a_value(packed, gradient, device):
 def test_float16_autocast_with_a_gradient_scaler(backend, device):
     """It halves its scale until u fits, and then the gradient is right."""
     torch.manual_seed(0)
-    deq = td.DEQ(td.MLPCell(8, 4), max_steps=40, backend=backend).to(device)
-    x = torch.randn(3, 4, device=device)
+    gradient = td.ImplicitGradient(td.Anderson())
+    deq = td.DEQ(td.MLPCell(8, 4), max_steps=40, gradient=gradient, backend=backend).to(device)
+    with torch.no_grad():  # u is some four times the loss's gradient, which alone fits from the start
+        deq.cell.state.weight.copy_(0.75 * torch.eye(8))
+        deq.cell.injection.bias.zero_()
+    x = 0.02 * torch.randn(3, 4, device=device)
     optimizer = torch.optim.SGD(deq.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler(device, init_scale=2.0**18)
-    before = deq.cell.state.weight.clone()
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**17)
+    before = copy.deepcopy(deq.cell)
     steps = 0
-    while torch.equal(deq.cell.state.weight, before):
+    while torch.equal(deq.cell.state.weight, before.state.weight):
         steps += 1
         assert steps < 10
         optimizer.zero_grad()
@@ -282,10 +290,7 @@ def test_float16_autocast_with_a_gradient_scaler(backend, device):
         scaler.step(optimizer)
         scaler.update()
     assert steps > 1
-    with torch.no_grad():
-        deq.cell.state.weight.copy_(before)
-    exact = td.DEQ(copy.deepcopy(deq.cell).double(), tol=1e-9, max_steps=60, backend="reference")
-    optimizer.zero_grad()
+    exact = td.DEQ(before.double(), tol=1e-9, max_steps=60, backend="reference")
     exact(x.double()).value.square().sum().backward()
     found, wanted = (
         torch.cat([each.flatten().double().cpu() for each in grads])

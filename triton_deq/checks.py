@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import autocast_dtype
+
 
 def check_state(name: str, z: Any) -> None:
     """A state is a real floating tensor `[B, ...]`."""
@@ -33,7 +35,7 @@ def check_state(name: str, z: Any) -> None:
 
 def as_state(value: Any, z: Tensor) -> Tensor:
     """f(z), checked to look like z; of z's dtype also where autocast has chosen another one."""
-    if isinstance(value, Tensor) and value.dtype != z.dtype and torch.is_autocast_enabled(z.device.type):
+    if isinstance(value, Tensor) and value.dtype != z.dtype and autocast_dtype(z.device) is not None:
         check_value(value, z, same_dtype=False)
         return value.to(z.dtype)
     check_value(value, z)

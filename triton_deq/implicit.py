@@ -1,7 +1,6 @@
 """The implicit gradient: a second solve, of vector-Jacobian products, in place of the solver's steps."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch.autograd.function import BackwardCFunction
 from .backend import pushed_forward, transformed
 from .checks import as_state, check_choice
 from .jacobian import closed_vjp
+from .precision import autocast_dtype, autocast_to, from_units, in_units
 from .reference.record import accumulate_dtype
 from .solvers import Anderson, Broyden, Solution, Solver, solve
 from .solvers.functional import functional_solve
 from .solvers.graph import captures, on_capture_stream
 from .solvers.graph_cache import GraphCache
-from .solvers.graph_keys import has_autocast, of_autocast
 from .solvers.layout import Layout
 from .solvers.loop import check_solver, solve_and_keep, thrown
 from .solvers.stopping import Stopping
@@ -121,7 +120,7 @@ class ImplicitGradient:
             value = as_state(value, at)
         if not _has_leaves_beside(at, value):
             return solution.value, solution  # nothing to hand a gradient to
-        autocast = of_autocast(at.device)
+        autocast = autocast_dtype(at.device)
         estimate = None
         if isinstance(solver, Broyden) and self.shine is not None and state is not None:
             estimate = _Estimate(solver, state, Layout(at))
@@ -157,7 +156,7 @@ class ImplicitGradient:
         at = solution.value.detach()
         function = lambda z: as_state(f(z), z)  # noqa: E731
         value = function(at)
-        autocast = of_autocast(at.device)
+        autocast = autocast_dtype(at.device)
         if torch.compiler.is_compiling():
             looped = loops(options["graph"])
             if looped and value.requires_grad:
@@ -208,7 +207,7 @@ class _Estimate:
 class _Adjoint:
     """The linear system `uᵀ = uᵀJ + gᵀ` of one backward pass.
 
-    autocast: as `of_autocast` told in the forward pass.
+    autocast: its dtype in the forward pass.
     """
 
     gradient: ImplicitGradient
@@ -217,7 +216,7 @@ class _Adjoint:
     graph: bool | GraphCache
     estimate: _Estimate | None
     again: "_AdjointMap | None"
-    autocast: tuple[bool, torch.dtype]
+    autocast: torch.dtype | None
     taken: list[Tensor] = field(default_factory=list)
 
     def solve(self, product: Function, grad: Tensor) -> Tensor:
@@ -310,7 +309,7 @@ class _AdjointMap:
 
     f: Any
     z: Tensor
-    autocast: tuple[Any, ...]
+    autocast: torch.dtype | None
     shift: Tensor | None = None
     whole_solve: Any = None
     _map: Any = None
@@ -325,15 +324,15 @@ class _AdjointMap:
 
     @property
     def inputs(self) -> Any:
-        return self.f.inputs, self.z, self.shift, *self.autocast
+        return self.f.inputs, self.z, self.shift, self.autocast
 
     def given(self, inputs: Any) -> "_AdjointMap":
-        u, z, shift, *autocast = inputs
-        return _AdjointMap(self.f.given(u), z, tuple(autocast), shift)
+        u, z, shift, autocast = inputs
+        return _AdjointMap(self.f.given(u), z, autocast, shift)
 
     def prepare(self) -> None:
         closed: Any = closed_vjp(self.f)
-        with torch.no_grad(), autocast_again(self.autocast, self.z.device):
+        with torch.no_grad(), autocast_to(self.autocast, self.z.device):
             self._map = _plus(closed(self.z)[1], self.shift)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -342,33 +341,6 @@ class _AdjointMap:
     @property
     def write(self) -> Any:
         return self._map.write
-
-
-def autocast_again(autocast: tuple[bool, torch.dtype], device: torch.device) -> AbstractContextManager:
-    """What `of_autocast` told, on again."""
-    enabled, dtype = autocast
-    return torch.autocast(device.type, dtype, enabled) if has_autocast(device) else nullcontext()
-
-
-def in_units(grad: Tensor, autocast: tuple[bool, torch.dtype]) -> tuple[Tensor, Tensor | None]:
-    """Where float16 is about, `g / s` and s, a power of two of the size of each sample's largest entry.
-
-    u is s times that of g / s. A u that float16 cannot hold would end its sample's solve, and what is left of
-    it be taken for a gradient. So it is not made before `from_units` makes it infinite, which is what
-    `torch.amp.GradScaler` looks for.
-    """
-    enabled, dtype = autocast
-    if torch.float16 not in (grad.dtype, dtype if enabled else None) or grad.numel() == 0:
-        return grad, None
-    largest = grad.detach().flatten(1).abs().amax(1).float()
-    unit = largest / torch.frexp(largest).mantissa / 2
-    unit = torch.where(unit > 0, unit, 1)  # false for NaN, as where g is 0 or not finite
-    unit = unit.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 1))
-    return grad / unit, unit
-
-
-def from_units(u: Tensor, unit: Tensor | None) -> Tensor:
-    return u if unit is None else u * unit
 
 
 def _has_leaves_beside(at: Tensor, value: Tensor) -> bool:
@@ -464,7 +436,7 @@ class _TracedImplicitFunction(torch.autograd.Function):
         f: Function,
         gradient: ImplicitGradient,
         layout: Layout | None,
-        autocast: tuple[bool, torch.dtype],
+        autocast: torch.dtype | None,
     ) -> Tensor:
         return at.clone()
 
@@ -481,7 +453,7 @@ class _TracedImplicitFunction(torch.autograd.Function):
         grad, unit = in_units(grad, ctx.autocast)
 
         def f_as_it_was(z: Tensor) -> Tensor:
-            with autocast_again(ctx.autocast, z.device):
+            with autocast_to(ctx.autocast, z.device):
                 return f(z)
 
         if ctx.layout is not None:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
 from ..ops.launch import kernels_serve
 from ..ops.weightnorm import Weight, weightnorm_each
+from ..precision import autocast_dtype
 
 
 def does_as(kind: type[nn.Module], layer: nn.Module) -> bool:
@@ -38,11 +39,6 @@ def weights_of(
     return [
         next(made) if each_differs else each.v for each, each_differs in zip(weights, differ, strict=True)
     ]
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """In which autocast has products taken there; None without it."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def called_narrow(module: nn.Module, like: Tensor, *given: Any) -> Any:

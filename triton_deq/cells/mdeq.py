@@ -13,7 +13,8 @@ from ..checks import check_count, check_number
 from ..ops.fusion import Sum, fusion_each, fusion_vjp_each
 from ..ops.groupnorm import groupnorm_vjp_each
 from ..ops.launch import kernels_serve
-from .layers import autocast_dtype, does_as, normalise_kernels, weights_of
+from ..precision import autocast_dtype
+from .layers import does_as, normalise_kernels, weights_of
 from .mdeq_layers import (
     KINDS,
     Advance,

@@ -21,7 +21,8 @@ from ..ops.attention import (
 )
 from ..ops.feedforward import feedforward_branch, feedforward_vjp
 from ..ops.norm import norm, norm_value, norm_vjp_plus, norm_vjps
-from .layers import autocast_dtype, does_as, normalise_weight, weights_of
+from ..precision import autocast_dtype
+from .layers import does_as, normalise_weight, weights_of
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k and v, `[B, T, H, d]` each."""

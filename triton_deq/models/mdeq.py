@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..backend import transformed
-from ..cells.layers import autocast_dtype, called_narrow
+from ..cells.layers import called_narrow
 from ..cells.mdeq import MDEQCell
 from ..cells.mdeq_layers import MDEQInjection, Scale, for_products, pack, unpack
 from ..deq import DEQ, Injected
 from ..implicit import ImplicitGradient
 from ..jacobian import JacobianPenalty, spectral_radius
+from ..precision import autocast_dtype
 from ..solvers import Solution, Solver
 from ..solvers.graph_cache import GraphCache
 from ..solvers.graph_keys import repeatable

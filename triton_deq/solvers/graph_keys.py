@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.launch import allows_tf32
+from ..precision import autocast_dtype
 
 _EVERY = frozenset(vars(nn.Module()))
 """Attributes that every module has; of them only `training` is a setting."""
@@ -22,23 +23,11 @@ def of_leaf(leaf: Any) -> Any:
     return of_tensor(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def of_autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on, and its dtype."""
-    if not has_autocast(device):
-        return False, torch.float32
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-
-
-def has_autocast(device: torch.device) -> bool:
-    """Not "meta", for one. torch.compile of torch 2.11 cannot ask; what it compiles for has it."""
-    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-
-
 def of_mode(device: torch.device) -> Any:
     """What products are computed in, and whether tensors are made that only inference mode may write."""
     cudnn: Any = torch.backends.cudnn
     return (
-        *of_autocast(device),
+        autocast_dtype(device),
         allows_tf32(),
         cudnn.conv.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
